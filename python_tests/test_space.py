@@ -1,0 +1,360 @@
+"""WeightSpace: PCA and readers against the oracle, files, limits and warnings."""
+
+import json
+import shutil
+import warnings
+
+import awkward
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from w2w_fast.errors import InputError
+from w2w_fast.layout import Layout, Module
+from w2w_fast.linear import principal_components, ridge
+from w2w_fast.space import WeightSpace, same_start
+from w2w_fast.testing import assert_close
+
+LAYOUT = Layout((Module("a.to_q", 20, 10), Module("a.to_v", 12, 8)), 1, 8.0)
+D = LAYOUT.size
+
+
+def population(n=40, factors=6, seed=0, frozen_A=False):
+    """Adapters from one start, moved along a few shared directions; labels of two of them."""
+    start, noise = awkward.normal(D, seed=seed), awkward.normal(n, D, seed=seed + 1)
+    hidden = awkward.normal(n, factors, seed=seed + 2)
+    moves = hidden @ awkward.normal(factors, D, seed=seed + 3) * 0.2 + 0.02 * noise
+    if frozen_A:
+        for rows, _ in LAYOUT.slices():
+            moves[:, rows] = 0
+    labels = torch.stack([(hidden[:, 0] > 0).float(), 3 * hidden[:, 1] + 5], dim=1)
+    return start + moves, labels
+
+
+@pytest.fixture
+def space():
+    w, labels = population()
+    return WeightSpace.from_population(
+        w, LAYOUT, 8, labels=labels, attributes=["beard", "age"],
+        names=[f"s{i}" for i in range(40)], meta={"prompt": "sks person"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [5, 40, D + 30])
+def test_pca_equals_svd(n):
+    w, _ = population(n)
+    m = min(n - 1, 6)
+    got = principal_components(w, m)
+    mean, std, basis, explained = oracle.pca(w, m)
+    assert_close("mean", got.mean, mean, 1e-12)
+    assert_close("std", got.std, std, 1e-12)
+    assert_close("explained", got.explained, explained, 1e-12)
+    assert_close("basis", got.basis, basis, 1e-7)
+    assert_close("orthonormal", got.basis.mT @ got.basis, torch.eye(m), 1e-12)
+    assert bool((got.basis.gather(0, got.basis.abs().argmax(0)[None]) > 0).all())
+
+
+def test_pca_in_blocks(monkeypatch):
+    w, _ = population(40)
+    for n in (40, D + 30):
+        w, _ = population(n)
+        whole = principal_components(w, 5)
+        monkeypatch.setattr("w2w_fast.linear._BLOCK_NUMBERS", 300)
+        assert_close("basis", principal_components(w, 5).basis, whole.basis, 1e-9)
+        monkeypatch.undo()
+
+
+def test_fixed_coordinates_stay_and_carry_nothing():
+    w, _ = population(frozen_A=True)
+    space = WeightSpace.from_population(w, LAYOUT, 6, dtype=torch.float32)
+    is_A = torch.zeros(D, dtype=torch.bool)
+    for rows, _ in LAYOUT.slices():
+        is_A[rows] = True
+    assert torch.equal(space.std == 0, is_A)
+    assert bool((space.basis[is_A] == 0).all())
+    back = space.reconstruct(space.coefficients)
+    assert_close("A", back[:, is_A], w[:, is_A], 2e-7 * float(w.abs().max()))
+
+
+def test_components_are_limited_by_models_and_by_rank():
+    w, _ = population(5)
+    for m in (0, 5, 10**9):
+        with pytest.raises(InputError, match=r"components: wanted 1 to n - 1 = 4"):
+            WeightSpace.from_population(w, LAYOUT, m)
+    twins = torch.cat([w, w])
+    with pytest.raises(InputError, match="the population spans 4 dimensions, got 5"):
+        WeightSpace.from_population(twins, LAYOUT, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_components_give_the_population_back(dtype):
+    w, _ = population(20)
+    space = WeightSpace.from_population(w, LAYOUT, 19, dtype=dtype)
+    assert space.basis.dtype == dtype
+    want = oracle.project(w, space.basis, space.mean, space.std)
+    assert_close("coefficients", space.coefficients, want, 1e-5 * np.abs(want).max())
+    error = (space.reconstruct(space.coefficients) - w).abs().max() / (w - w.mean(0)).abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    assert_close("mu", space.mu, space.coefficients.double().mean(0), 1e-5)
+    assert_close("sigma", space.sigma, oracle.f64(space.coefficients).std(0), 1e-5)
+
+
+def test_population_refuses():
+    w, _ = population()
+    w[7, 3] = torch.nan
+    with pytest.raises(InputError, match="w: model 7 holds NaN"):
+        WeightSpace.from_population(w, LAYOUT, 5)
+    with pytest.raises(InputError, match=r"w: wanted floats \[n, 50\]"):
+        WeightSpace.from_population(w[:, :-1], LAYOUT, 5)
+
+
+def test_mixed_starts_are_noticed():
+    w, _ = population()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WeightSpace.from_population(w, LAYOUT, 5)
+    own = w + 3 * awkward.normal(40, D, seed=9) - 0.9 * w.mean(0)
+    assert same_start(own, LAYOUT) < 0.1 < 0.5 < same_start(w, LAYOUT) <= 1
+    with pytest.warns(UserWarning, match="did not start from the same adapter"):
+        WeightSpace.from_population(own, LAYOUT, 5)
+    units = [oracle.f64(own[:, rows]) for rows, _ in LAYOUT.slices()]
+    cosines = []
+    for A in units:
+        A = A / np.linalg.norm(A, axis=1, keepdims=True)
+        cosines.append((A @ A.T)[~np.eye(40, dtype=bool)].mean())
+    assert abs(same_start(own, LAYOUT) - np.mean(cosines)) < 1e-12
+
+
+# --- readers and directions
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 50.0])
+def test_ridge_left_out_is_exact(strength):
+    c, y = awkward.normal(30, 7, seed=1) + 2, awkward.normal(30, 2, seed=2) + 5
+    got = ridge(c, y, torch.tensor([strength], dtype=torch.float64))
+    for i in range(2):
+        weights, predictions = oracle.ridge_left_out(c, y[:, i], strength)
+        assert_close("weights", got.weights[i], weights, 1e-9)
+        assert_close("predictions", got.predictions[:, i], predictions, 1e-8)
+        truth = oracle.f64(y[:, i])
+        r2 = 1 - ((truth - predictions) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
+        assert abs(float(got.r2[i]) - r2) < 1e-9
+
+
+def test_ridge_takes_the_best_strength_of_each_column(monkeypatch):
+    c = awkward.normal(60, 20, seed=1)
+    y = torch.stack([c[:, 0] * 2, awkward.normal(60, seed=3)], dim=1)
+    strengths = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+    got = ridge(c, y, strengths)
+    losses = [
+        [((oracle.f64(y[:, i]) - oracle.ridge_left_out(c, y[:, i], float(s))[1]) ** 2).sum()
+         for s in strengths]
+        for i in range(2)
+    ]  # fmt: skip
+    assert got.strength.tolist() == [float(strengths[np.argmin(loss)]) for loss in losses]
+    assert got.strength[0] < got.strength[1]
+    monkeypatch.setattr("w2w_fast.linear._BLOCK_NUMBERS", 20 * 7)
+    again = ridge(c, y, strengths)
+    assert_close("weights", again.weights, got.weights, 1e-9)
+    assert_close("predictions", again.predictions, got.predictions, 1e-9)
+
+
+@pytest.mark.parametrize("method", ["ridge", "lstsq"])
+def test_directions_are_one_sd_long_and_raise_their_label(space, method):
+    w, labels = population()
+    report = space.fit_directions(labels, ["beard", "age"], method=method)
+    assert report["beard"]["accuracy"] > 0.85 and report["age"]["r2"] > 0.9
+    assert "accuracy" not in report["age"]
+    centred = space.coefficients - space.mu
+    for row, reader, column in zip(space.directions, space.classifiers, labels.mT, strict=True):
+        along = centred @ (row / row.norm())
+        assert abs(float(along.std(correction=0)) / float(row.norm()) - 1) < 1e-4
+        assert torch.corrcoef(torch.stack([along, column]))[0, 1] > 0.6
+        assert torch.corrcoef(torch.stack([centred @ reader, column]))[0, 1] > 0.75
+        assert row @ reader > 0
+    # S c is proportional to C^T Y for least squares: the difference of means of a binary label.
+    if method == "lstsq":
+        means = centred[labels[:, 0] > 0].mean(0) - centred[labels[:, 0] == 0].mean(0)
+        cosine = torch.nn.functional.cosine_similarity(means, space.directions[0], dim=0)
+        assert cosine > 0.9999
+
+
+def test_too_many_components_for_the_labels_warn():
+    w, labels = population()
+    with pytest.warns(UserWarning, match="14 components for 40 labelled models"):
+        WeightSpace.from_population(w, LAYOUT, 14, labels=labels, attributes=["b", "a"])
+
+
+def test_fit_directions_refuses(space):
+    _, labels = population()
+    for bad, names, message in [
+        (labels[:-1], ["b", "a"], r"labels: wanted \[40, 2\]"),
+        (labels, ["b"], r"labels: wanted \[40, 1\]"),
+        (labels, ["b", "b"], "distinct attributes"),
+        (torch.ones(40, 1), ["flat"], "flat: wanted finite numbers of two or more values"),
+        (labels / 0, ["b", "a"], "b: wanted finite"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            space.fit_directions(bad, names)
+    with pytest.raises(InputError, match="method: wanted ridge or lstsq"):
+        space.fit_directions(labels, ["b", "a"], method="svm")
+    space.coefficients = None
+    with pytest.raises(InputError, match="holds no coefficients"):
+        space.fit_directions(labels, ["b", "a"])
+
+
+def test_cut_keeps_the_first_components(space):
+    small = space.cut(3)
+    assert (small.m, small.d, small.n) == (3, D, 40)
+    w = space.reconstruct(space.coefficients[:4])
+    assert_close("c", small.project(w), space.project(w)[:, :3], 1e-4)
+    for row in small.directions:
+        along = (small.coefficients - small.mu) @ (row / row.norm())
+        assert abs(float(along.std(correction=0)) / float(row.norm()) - 1) < 1e-4
+    for m in (0, 9):
+        with pytest.raises(InputError, match="m: wanted 1 to 8"):
+            space.cut(m)
+
+
+def test_to_changes_the_basis_only(space):
+    wide = space.to(dtype=torch.float32)
+    assert wide.basis.dtype == torch.float32 and wide.mean.dtype == torch.float32
+    assert torch.equal(wide.basis.bfloat16(), space.basis) and space.to("cpu").n == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": torch.zeros(51)}, r"mean: wanted \[d = 50\]"),
+        ({"mean": torch.zeros(50).double()}, "mean: wanted .*float32"),
+        ({"std": -torch.ones(50)}, "no negative std"),
+        ({"basis": torch.zeros(49, 8)}, r"basis: wanted \[d = 50"),
+        ({"basis": torch.zeros(50, 8).half()}, "basis: wanted"),
+        ({"coefficients": torch.zeros(39, 8)}, r"coefficients: wanted \[n = 40, m = 8\]"),
+        ({"attributes": ["one"]}, r"labels: wanted \[n = 40, a = 1\]"),
+        ({"coefficients": None, "mu": None}, "wanted mu"),
+        ({"explained": torch.zeros(7)}, r"explained: wanted \[m = 8\]"),
+    ],
+)
+def test_construction_refuses(space, change, message):
+    import dataclasses
+
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(space, **change)
+
+
+# --- files
+
+
+def same(a, b):
+    for name, value in vars(a).items():
+        other = getattr(b, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+@pytest.mark.parametrize("options", [{}, {"mmap": False}, {"verify": False}, {"device": "cpu"}])
+def test_saved_and_loaded_is_the_same(space, tmp_path, options):
+    space.save(tmp_path / "s")
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        "manifest.json", "space.json", "space.safetensors",
+    ]  # fmt: skip
+    same(space, WeightSpace.load(tmp_path / "s", **options))
+
+
+def test_same_space_same_bytes(space, tmp_path):
+    for name in "ab":
+        space.save(tmp_path / name)
+    read = [(tmp_path / name / "manifest.json").read_bytes() for name in "ab"]
+    assert read[0] == read[1]
+
+
+def test_a_space_without_a_population_keeps_its_statistics(space, tmp_path):
+    import dataclasses
+
+    bare = dataclasses.replace(
+        space, coefficients=None, names=None, labels=None, directions=None, classifiers=None,
+        attributes=[], explained=None,
+    )  # fmt: skip
+    bare.save(tmp_path / "s")
+    loaded = WeightSpace.load(tmp_path / "s")
+    same(bare, loaded)
+    assert loaded.n == 0 and torch.equal(loaded.sigma, space.sigma)
+    assert_close("S", loaded.covariance().diagonal().sqrt(), space.sigma, 1e-6)
+
+
+def test_save_never_overwrites_unasked(space, tmp_path):
+    space.save(tmp_path / "s")
+    with pytest.raises(InputError, match="wanted a new or an empty folder"):
+        space.save(tmp_path / "s")
+    space.cut(3).save(tmp_path / "s", overwrite=True)
+    assert WeightSpace.load(tmp_path / "s").m == 3
+    space.meta["bad"] = float("nan")
+    with pytest.raises(InputError, match="cannot be written as JSON"):
+        space.save(tmp_path / "s", overwrite=True)
+    assert WeightSpace.load(tmp_path / "s").m == 3
+
+
+def test_load_by_name(space, tmp_path, monkeypatch):
+    monkeypatch.setenv("W2W_HOME", str(tmp_path))
+    space.save(tmp_path / "spaces" / "people")
+    assert WeightSpace.load("people").m == 8
+    for name in ("nobody", "../people", "spaces/../people"):
+        with pytest.raises(InputError, match="space: no folder"):
+            WeightSpace.load(name)
+
+
+@pytest.mark.parametrize("file", ["space.json", "space.safetensors"])
+def test_damage_is_detected(space, tmp_path, file):
+    space.save(tmp_path / "s")
+    path = tmp_path / "s" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="sha256 differs"):
+        WeightSpace.load(tmp_path / "s")
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        WeightSpace.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "not a weight space"),
+        ({"version": 2}, "version 2, this w2w_fast reads 1"),
+        ({"layout": None}, "layout: wanted"),
+        ({"layout": LAYOUT.to_json() | {"rank": 2}}, "mean: wanted"),
+        ({"names": ["one"]}, "wanted .n = 1"),
+        ({"names": 3}, "names: missing or of the wrong kind"),
+        ({"attributes": [1, 2]}, "names, attributes or tensors"),
+        ({"attributes": None}, "attributes: missing"),
+        ({"tensors": {}}, "unknown: "),
+        ({"tensors": {"mean": [50], "other": [1]}}, "names, attributes or tensors"),
+        ({"tensors": {"mean": 50}}, "unknown"),
+        ({"meta": []}, "meta: missing"),
+    ],
+)
+def test_inconsistent_files_are_refused(space, tmp_path, change, message):
+    space.save(tmp_path / "s")
+    path = tmp_path / "s" / "space.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        WeightSpace.load(tmp_path / "s", verify=False)
+
+
+def test_nan_in_a_file_is_refused_by_key(space, tmp_path):
+    space.directions[0, 0] = torch.nan
+    space.save(tmp_path / "s")
+    with pytest.raises(InputError, match="directions: holds NaN"):
+        WeightSpace.load(tmp_path / "s")
+
+
+def test_a_manifest_that_skips_a_file_is_refused(space, tmp_path):
+    space.save(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="space.safetensors is not in the manifest"):
+        WeightSpace.load(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s")
+    with pytest.raises(InputError, match="no folder"):
+        WeightSpace.load(tmp_path / "s")

@@ -1,0 +1,140 @@
+"""The denoising objective, with everything that does not change from step to step computed once.
+
+    loss = mean( mask * (target - model(z_t, t, text))^2 ),   z_t = a_t z + s_t noise
+
+(w2w paper, sections 3.1 and 3.4; the target is the noise, or the velocity for v-prediction
+models). `populate` and `invert` differ only in what they optimise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Encoded photographs: latents [p, c, h, w] f32, text states [p, s, e], masks [p, 1, h, w]."""
+
+    latents: Tensor
+    text: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def take(self, index: Tensor) -> Photos:
+        """Rows `index` (int64 [b]) of every part."""
+        masks = None if self.masks is None else self.masks[index]
+        return Photos(self.latents[index], self.text[index], masks)
+
+
+def device_of(pipe) -> torch.device:
+    """Where the pipeline's denoiser lives."""
+    return next(denoiser(pipe).parameters()).device
+
+
+def denoiser(pipe) -> torch.nn.Module:
+    """The pipeline's UNet or, for a DiT, its transformer."""
+    model = getattr(pipe, "unet", None)
+    if model is None:
+        model = getattr(pipe, "transformer", None)
+    if model is None:
+        raise InputError(f"pipe: wanted a pipeline with a unet or transformer, got {type(pipe)}")
+    return model
+
+
+@contextmanager
+def frozen(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Evaluation mode and no gradient for any weight inside; both restored after."""
+    present = [module for module in modules if module is not None]
+    modes = [(m, m.training) for module in present for m in module.modules()]
+    wanted = [(p, p.requires_grad) for module in present for p in module.parameters()]
+    try:
+        for module in present:
+            module.eval().requires_grad_(False)
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, requires_grad in wanted:
+            p.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def encode_images(pipe, images: Tensor, batch: int = 32) -> Tensor:
+    """uint8 [p, 3, h, w] to scaled latents (the mode of the posterior), f32 [p, c, h', w']."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        shape = tuple(images.shape)
+        raise InputError(f"images: wanted uint8 [p, 3, h, w], got {images.dtype} {shape}")
+    vae, config = pipe.vae, pipe.vae.config
+    parts = []
+    for part in images.split(batch):
+        x = part.to(vae.device, vae.dtype).div_(127.5).sub_(1)
+        parts.append(vae.encode(x).latent_dist.mode().float())
+    latents = torch.cat(parts)
+    shift = getattr(config, "shift_factor", None) or 0.0
+    return ((latents - shift) * config.scaling_factor).to(device_of(pipe))
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts: Sequence[str]) -> Tensor:
+    """Text states [p, s, e] of a pipeline with one CLIP text encoder (Stable Diffusion 1 and 2)."""
+    distinct = sorted(set(prompts))
+    states, _ = pipe.encode_prompt(distinct, device_of(pipe), 1, False)
+    where = {prompt: i for i, prompt in enumerate(distinct)}
+    return states[[where[prompt] for prompt in prompts]].to(denoiser(pipe).dtype)
+
+
+def shrink_masks(masks: Tensor, latents: Tensor) -> Tensor:
+    """Masks [p, 1, h, w] in [0, 1] at the size of the latents, each with mean one.
+
+    With mean one a masked loss has the scale of an unmasked one, whatever the mask's area.
+    """
+    if masks.ndim != 4 or masks.shape[:2] != (latents.shape[0], 1):
+        wanted = f"[{latents.shape[0]}, 1, h, w]"
+        raise InputError(f"masks: wanted {wanted}, got {tuple(masks.shape)}")
+    if not (torch.isfinite(masks).all() and masks.min() >= 0 and masks.max() <= 1):
+        raise InputError("masks: wanted numbers in [0, 1]")
+    small = F.interpolate(masks.float(), latents.shape[-2:], mode="area").to(latents.device)
+    mean = small.mean(dim=(1, 2, 3), keepdim=True)
+    if (mean <= 0).any():
+        raise InputError("masks: a mask is empty, nothing of that photo would be used")
+    return small / mean
+
+
+def losses(pipe, photos: Photos, noise: Tensor, t: Tensor, *, bf16: bool = False) -> Tensor:
+    """The denoising loss of each row, f32 [b]; noise as the latents, t int64 [b]."""
+    scheduler, clean = pipe.scheduler, photos.latents
+    model = denoiser(pipe)
+    noisy = scheduler.add_noise(clean, noise, t).to(model.dtype)
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=bf16):
+        prediction = model(noisy, t, photos.text).sample.float()
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        target = noise
+    elif kind == "v_prediction":
+        target = scheduler.get_velocity(clean, noise, t)
+    else:
+        raise InputError(f"pipe.scheduler: prediction_type {kind!r} is neither epsilon nor v_prediction")
+    error = (prediction - target).square()
+    if photos.masks is not None:
+        error = error * photos.masks
+    return error.mean(dim=(1, 2, 3))
+
+
+def draw_timesteps(n: int, train_steps: int, law: str, generator: torch.Generator) -> Tensor:
+    """n timesteps, int64. "uniform" as in DreamBooth; "early" favours high noise, T (1 - u^2)."""
+    u = torch.rand(n, generator=generator)
+    if law == "early":
+        u = 1 - u.square()
+    elif law != "uniform":
+        raise InputError(f"timesteps: wanted 'uniform' or 'early', got {law!r}")
+    return (u * train_steps).long().clamp_(max=train_steps - 1)

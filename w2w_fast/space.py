@@ -1,0 +1,363 @@
+"""WeightSpace: the mean, the spread and the principal components of a population of adapters.
+
+    w = mean + std * (c V^T)        c = ((w - mean) / std) V
+
+A model is a point c ``[m]``. On disk a space is a folder: space.safetensors (tensors), space.json
+(layout, names, attributes, meta) and manifest.json (sha256 of both). Dravid et al., "Interpreting
+the Weight Space of Customized Diffusion Models", 2024.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import InputError
+from .files import (
+    atomic_dir,
+    check_manifest,
+    read_json,
+    read_tensors,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
+from .layout import Layout
+from .linear import principal_components, ridge
+
+_FORMAT, _VERSION = "w2w_fast.space", 1
+_TENSORS, _JSON = "space.safetensors", "space.json"
+_BASIS_DTYPES = {torch.float32, torch.bfloat16}
+# Every tensor and its sizes: d numbers of an adapter, m components, n models, a attributes.
+_SHAPES = {
+    "mean": "d",
+    "std": "d",
+    "basis": "dm",
+    "mu": "m",
+    "sigma": "m",
+    "coefficients": "nm",
+    "labels": "na",
+    "directions": "am",
+    "classifiers": "am",
+    "explained": "m",
+}
+_REQUIRED = ("mean", "std", "basis", "mu", "sigma")
+
+
+@dataclass
+class WeightSpace:
+    """A space, validated on construction. float32, but for the basis, which may be bfloat16.
+
+    mean, std ``[d]`` (std 0: the coordinate is fixed), basis ``[d, m]``; coefficients ``[n, m]``
+    of the population, with names (n), labels ``[n, a]`` and attributes (a); directions ``[a, m]``,
+    each one population standard deviation long (edit: c + t * row); classifiers ``[a, m]``, linear
+    readers (score = (c - mu) @ row, in the label's units above its mean); explained ``[m]``, share
+    of variance; mu, sigma ``[m]`` of the coefficients, wanted where those are left out; meta, free
+    JSON: base model, prompt, guidance.
+    """
+
+    layout: Layout
+    mean: Tensor
+    std: Tensor
+    basis: Tensor
+    coefficients: Tensor | None = None
+    names: list[str] | None = None
+    labels: Tensor | None = None
+    attributes: list[str] = field(default_factory=list)
+    directions: Tensor | None = None
+    classifiers: Tensor | None = None
+    explained: Tensor | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    mu: Tensor | None = None
+    sigma: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.coefficients is not None and self.mu is None:
+            self.mu = self.coefficients.mean(0)
+        if self.coefficients is not None and self.sigma is None:
+            self.sigma = self.coefficients.std(0, correction=0)
+        self.attributes = list(self.attributes)
+        self._check()
+
+    def _check(self) -> None:
+        missing = [name for name in _REQUIRED if getattr(self, name) is None]
+        if missing:
+            raise InputError(f"space: wanted {', '.join(missing)} (or coefficients)")
+        sizes = {"d": self.layout.size, "a": len(self.attributes)}
+        if self.names is not None:
+            sizes["n"] = len(self.names)
+        for name, spec in _SHAPES.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            dtypes = _BASIS_DTYPES if name == "basis" else {torch.float32}
+            fits = tensor.ndim == len(spec) and all(
+                sizes.setdefault(letter, size) == size
+                for letter, size in zip(spec, tensor.shape, strict=True)
+            )
+            if not fits or tensor.dtype not in dtypes:
+                wanted = ", ".join(f"{x} = {sizes[x]}" if x in sizes else x for x in spec)
+                raise InputError(
+                    f"space: {name}: wanted [{wanted}] of {' or '.join(map(str, dtypes))}, "
+                    f"got {list(tensor.shape)} of {tensor.dtype}"
+                )
+        if self.basis.shape[1] < 1 or bool((self.std < 0).any()):
+            raise InputError("space: wanted at least one component, and no negative std")
+
+    @property
+    def d(self) -> int:
+        return self.basis.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.basis.shape[1]
+
+    @property
+    def n(self) -> int:
+        """Models whose coefficients are held, 0 if none are."""
+        return 0 if self.coefficients is None else self.coefficients.shape[0]
+
+    def covariance(self) -> Tensor:
+        """S ``[m, m]`` float64 of the coefficients; diag(sigma^2) where they are not held."""
+        if self.coefficients is None:
+            return self.sigma.double().square().diag()
+        z = self.coefficients.double() - self.mu.double()
+        return z.mT @ z / self.n
+
+    def project(self, w: Tensor) -> Tensor:
+        """w ``[k, d]`` -> c ``[k, m]``, float32 or float64."""
+        return ops.project(w, self.basis, self.mean, self.std)
+
+    def reconstruct(self, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """c ``[k, m]`` -> w ``[k, d]`` in ``dtype`` (c's), differentiable in c."""
+        return ops.reconstruct(c, self.basis, self.mean, self.std, dtype)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> WeightSpace:
+        """This space on ``device``; ``dtype`` (float32 or bfloat16) is the basis's alone."""
+        moved = {
+            name: tensor.to(device=device, dtype=dtype if name == "basis" else None)
+            for name in _SHAPES
+            if (tensor := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **moved)
+
+    def cut(self, m: int) -> WeightSpace:
+        """The space of the first ``m`` components; directions keep the length of one sd."""
+        if not 1 <= m <= self.m:
+            raise InputError(f"m: wanted 1 to {self.m} components, got {m}")
+        parts = {
+            name: tensor[..., :m]
+            for name, spec in _SHAPES.items()
+            if spec.endswith("m") and (tensor := getattr(self, name)) is not None
+        }
+        space = dataclasses.replace(self, **parts, meta=dict(self.meta))
+        if space.classifiers is not None:
+            space._set_directions()
+        return space
+
+    def fit_directions(
+        self, labels: Tensor, attributes: Sequence[str], *, method: str = "ridge"
+    ) -> dict[str, dict[str, float]]:
+        """Fit a reader and a direction to each column of labels ``[n, a]``; returns how well.
+
+        ``ridge`` (its strength chosen left one out, an attribute at a time) or ``lstsq``, the
+        paper's. The direction is S c / |S c|, S the coefficients' covariance: what changes in the
+        population along with the reader's score; one standard deviation long, raising the label.
+        Two-valued columns are binary: beside ``r2`` they get ``accuracy``, both left one out.
+        """
+        if self.coefficients is None:
+            raise InputError("fit_directions: this space holds no coefficients to fit to")
+        if method not in ("ridge", "lstsq"):
+            raise InputError(f"method: wanted ridge or lstsq, got {method!r}")
+        attributes = list(attributes)
+        if labels.shape != (self.n, len(attributes)) or len(set(attributes)) != len(attributes):
+            raise InputError(
+                f"labels: wanted [{self.n}, {len(attributes)}] and distinct attributes, "
+                f"got {list(labels.shape)} and {attributes}"
+            )
+        labels = labels.to(self.coefficients.device, torch.float32)
+        values = [column.unique() for column in labels.mT]
+        for name, column in zip(attributes, values, strict=True):
+            if not bool(column.isfinite().all()) or len(column) < 2:
+                raise InputError(f"labels: {name}: wanted finite numbers of two or more values")
+        if 3 * self.m > self.n:
+            warnings.warn(
+                f"{self.m} components for {self.n} labelled models: readers are at their worst "
+                "where the two are close; keep m below a third of n",
+                stacklevel=2,
+            )
+        zero = torch.zeros(1, dtype=torch.float64, device=labels.device)
+        reader = ridge(self.coefficients, labels, zero if method == "lstsq" else None)
+        self.labels, self.attributes = labels, attributes
+        self.classifiers = reader.weights.float()
+        self._set_directions()
+        report: dict[str, dict[str, float]] = {}
+        for i, (name, column) in enumerate(zip(attributes, values, strict=True)):
+            report[name] = {"r2": float(reader.r2[i]), "ridge": float(reader.strength[i])}
+            if len(column) == 2:
+                middle = column.double().mean()
+                agree = (reader.predictions[:, i] > middle) == (labels[:, i] > middle)
+                report[name]["accuracy"] = float(agree.double().mean())
+        return report
+
+    def _set_directions(self) -> None:
+        covariance = self.covariance()
+        along = self.classifiers.double() @ covariance
+        unit = along / along.norm(dim=1, keepdim=True)
+        sd = ((unit @ covariance) * unit).sum(1, keepdim=True).sqrt()
+        self.directions = (unit * sd).float()
+
+    @classmethod
+    def from_population(
+        cls,
+        w: Tensor,
+        layout: Layout,
+        components: int,
+        *,
+        labels: Tensor | None = None,
+        attributes: Sequence[str] = (),
+        names: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        meta: dict[str, Any] | None = None,
+    ) -> WeightSpace:
+        """The space of a population w ``[n, d]``, and its directions if labels ``[n, a]`` come.
+
+        Coefficients are those of the stored (rounded) basis. Warns where the population did not
+        start from one A (see ``same_start``) and where m > n / 3 with labels.
+        """
+        if w.ndim != 2 or w.shape[1] != layout.size or not w.is_floating_point():
+            raise InputError(f"w: wanted floats [n, {layout.size}], got {list(w.shape)}")
+        if not bool(w.isfinite().all()):
+            bad = int((~w.isfinite().all(1)).nonzero()[0])
+            raise InputError(f"w: model {bad} holds NaN or infinite numbers")
+        pca = principal_components(w, components)
+        alike = same_start(w, layout)
+        if alike < 0.1:
+            warnings.warn(
+                f"the models' A matrices are unrelated (mean cosine {alike:.2f}): they did not "
+                "start from the same adapter, and components of raw factors mean little",
+                stacklevel=2,
+            )
+        mean, std = pca.mean.float(), pca.std.float()
+        basis = pca.basis.to(dtype)
+        space = cls(
+            layout=layout,
+            mean=mean,
+            std=std,
+            basis=basis,
+            coefficients=ops.project(w, basis, mean, std).float(),
+            names=None if names is None else list(names),
+            explained=pca.explained.float(),
+            meta=dict(meta or {}),
+        )
+        if labels is not None:
+            space.fit_directions(labels, attributes)
+        return space
+
+    def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the space to ``folder``, whole or not at all. InputError if it is not empty."""
+        self._check()
+        tensors = {k: t for k in _SHAPES if (t := getattr(self, k)) is not None}
+        with atomic_dir(folder, overwrite=overwrite) as temporary:
+            write_tensors(temporary / _TENSORS, tensors)
+            write_json(
+                temporary / _JSON,
+                {
+                    "format": _FORMAT,
+                    "version": _VERSION,
+                    "layout": self.layout.to_json(),
+                    "tensors": {k: list(t.shape) for k, t in tensors.items()},
+                    "names": self.names,
+                    "attributes": self.attributes,
+                    "meta": self.meta,
+                },
+            )
+            write_manifest(temporary)
+
+    @classmethod
+    def load(
+        cls,
+        folder_or_name: str | os.PathLike,
+        *,
+        mmap: bool = True,
+        verify: bool = True,
+        device: torch.device | str | None = None,
+    ) -> WeightSpace:
+        """Read a space from a folder, or by name from ``$W2W_HOME/spaces`` (~/.cache/w2w_fast).
+
+        ``verify`` compares both files with the manifest's sha256. InputError, naming the file and
+        the key, for whatever is missing, damaged, inconsistent or of another version.
+        """
+        folder = _folder(folder_or_name)
+        if verify:
+            listed = check_manifest(folder)
+            for name in (_TENSORS, _JSON):
+                if name not in listed:
+                    raise InputError(f"{folder}: {name} is not in the manifest")
+        info = read_json(folder / _JSON)
+        if not isinstance(info, dict) or info.get("format") != _FORMAT:
+            raise InputError(f"{folder / _JSON}: not a weight space")
+        if info.get("version") != _VERSION:
+            raise InputError(
+                f"{folder / _JSON}: version {info.get('version')!r}, this w2w_fast reads {_VERSION}"
+            )
+        kinds = {"tensors": dict, "attributes": list, "names": (list, type(None)), "meta": dict}
+        for key, kind in kinds.items():
+            if not isinstance(info.get(key), kind):
+                raise InputError(f"{folder / _JSON}: {key}: missing or of the wrong kind")
+        texts = [*info["attributes"], *(info["names"] or [])]
+        shapes = info["tensors"]
+        if not all(isinstance(text, str) for text in texts) or not set(shapes) <= set(_SHAPES):
+            raise InputError(f"{folder / _JSON}: names, attributes or tensors of the wrong kind")
+        expect = {
+            key: (tuple(shape), _BASIS_DTYPES if key == "basis" else {torch.float32})
+            for key, shape in shapes.items()
+            if isinstance(shape, list)
+        }
+        tensors, _ = read_tensors(folder / _TENSORS, expect=expect, mmap=mmap)
+        space = cls(
+            layout=Layout.from_json(info.get("layout")),
+            mean=tensors.pop("mean", None),
+            std=tensors.pop("std", None),
+            basis=tensors.pop("basis", None),
+            names=info["names"],
+            attributes=info["attributes"],
+            meta=info["meta"],
+            **tensors,
+        )
+        return space if device is None else space.to(device)
+
+
+def same_start(w: Tensor, layout: Layout) -> float:
+    """How alike the A matrices of a population w ``[n, d]`` are: the mean pairwise cosine.
+
+    (A, B) and (sA, B/s) are the same adapter, so raw factors can be compared only if every model
+    started from one A. Then A keeps much of its start (cosine .3 to 1 after training), and from
+    starts of their own it is near 0. The mean over pairs is (n |mean unit vector|^2 - 1) / (n - 1).
+    """
+    n, values = w.shape[0], []
+    for rows, _ in layout.slices():
+        unit = torch.nn.functional.normalize(w[:, rows].double(), dim=1)
+        values.append((n * unit.mean(0).square().sum() - 1) / (n - 1))
+    return float(torch.stack(values).mean())
+
+
+def _folder(name: str | os.PathLike) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    home = Path(os.environ.get("W2W_HOME") or "~/.cache/w2w_fast").expanduser() / "spaces"
+    if path.name == str(name) and (home / path).is_dir():
+        return home / path
+    raise InputError(f"space: no folder {path}, and no space of that name in {home}")

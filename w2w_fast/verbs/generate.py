@@ -1,0 +1,106 @@
+"""`generate`: pictures of many different people in one batch.
+
+Every image has a seed, and its noise comes from that seed alone: the same picture can be made
+again by itself, to the rounding of another batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..attach import attach
+from ..errors import InputError
+from ..space import WeightSpace
+
+
+@torch.no_grad()
+def generate(
+    space: WeightSpace,
+    pipe,
+    coefficients: Tensor,
+    prompts: str | Sequence[str] = "sks person",
+    *,
+    seeds: int | Sequence[int] = 0,
+    steps: int = 50,
+    guidance: float = 3.0,
+    identity_guidance: bool = False,
+    strength: float | Tensor = 1.0,
+    before: Tensor | None = None,
+    start: int = 0,
+    scheduler=None,
+    batch: int = 32,
+    progress: bool = True,
+    callback: Callable[[int, int], None] | None = None,
+    **pipe_options,
+) -> list:
+    """One PIL image for each row of coefficients [k, m].
+
+    prompts: one for all, or one an image. seeds: one an image, or a number s for s, s + 1, ...
+    guidance: classifier-free guidance; with `identity_guidance` its unconditional rows run without
+        the adapter, so that guidance pulls towards the person as well as towards the prompt.
+    strength: of the adapters, a number or [k].
+    before, start: delayed edit (w2w paper, section 3.3): the unedited coefficients `before` [k, m]
+        are used while the timestep is above `start`, `coefficients` from there on.
+    scheduler: any diffusers scheduler; the pipeline's own by default.
+    callback: given (images done, images wanted) after each batch.
+    pipe_options: passed on to the pipeline (height, width, negative_prompt, ...).
+
+    Raises InputError for shapes and numbers that do not fit.
+    """
+    k = len(coefficients)
+    prompts = [prompts] * k if isinstance(prompts, str) else list(prompts)
+    seeds = list(range(seeds, seeds + k)) if isinstance(seeds, int) else list(seeds)
+    strength = torch.as_tensor(strength, dtype=torch.float32).expand(k)
+    for name, value in (("prompts", prompts), ("seeds", seeds)):
+        if len(value) != k:
+            raise InputError(f"{name}: wanted one for each of {k} identities, got {len(value)}")
+    if coefficients.ndim != 2 or coefficients.shape[1] != space.m:
+        raise InputError(f"coefficients: wanted [k, {space.m}], got {tuple(coefficients.shape)}")
+    if before is not None and before.shape != coefficients.shape:
+        wanted, got = tuple(coefficients.shape), tuple(before.shape)
+        raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
+    if not 1 <= steps <= 1000 or not 1 <= batch <= 4096:
+        raise InputError(f"wanted steps in 1..1000 and batch in 1..4096, got {steps} and {batch}")
+
+    images: list = []
+    own = pipe.scheduler
+    bar = tqdm(total=k, unit="image", desc="generate", disable=not progress)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        pipe.scheduler.set_timesteps(steps)
+        delayed = before is not None and bool(pipe.scheduler.timesteps[0] > start)
+        with bar, attach(pipe, space, identity_guidance=identity_guidance and guidance > 1) as live:
+            for first in range(0, k, batch):
+                rows = slice(first, min(first + batch, k))
+                live.strength = 1.0
+                live.identities = (before if delayed else coefficients)[rows]
+                live.strength = strength[rows]
+
+                def at_step(pipe, i, t, tensors, rows=rows):
+                    # Called after step i: what it sets is in force from the next timestep on.
+                    later = pipe.scheduler.timesteps[i + 1 :]
+                    if delayed and len(later) and t > start >= later[0]:
+                        live.identities = coefficients[rows]
+                    return tensors
+
+                made = pipe(
+                    prompts[rows],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(s) for s in seeds[rows]],
+                    callback_on_step_end=at_step,
+                    **pipe_options,
+                ).images
+                images.extend(made)
+                bar.update(len(made))
+                if callback is not None:
+                    callback(len(images), k)
+    finally:
+        pipe.scheduler = own
+    return images
