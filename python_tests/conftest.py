@@ -49,7 +49,7 @@ def tiny_pipe(tiny_unet) -> StableDiffusionPipeline:
         text_encoder=None,
         tokenizer=None,
         unet=tiny_unet,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -68,7 +68,7 @@ def sd15_unet() -> UNet2DConditionModel:
         unet = UNet2DConditionModel(**SD15_UNET)
     unet.to_empty(device="cpu")
     # Weights are windows on one pool of random numbers: drawing 860 M of them takes a minute.
-    pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    pool = torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, (name, weight) in enumerate(unet.named_parameters()):
             if weight.ndim == 1:

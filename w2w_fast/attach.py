@@ -82,7 +82,7 @@ class Live:
         self._place = (weight.dtype if wide else torch.float32, weight.device)
         self._source: Tensor | None = None  # what the user assigned, identities or adapters
         self._is_identities = False
-        self._version = 0
+        self._version, self._spent, self._with_grad = 0, False, False
         self._buffer: Tensor | None = None  # [k, d], strength and scale folded into B
         self._strength: float | Tensor = 1.0
         self._identity_guidance = False
@@ -251,7 +251,8 @@ class Live:
         w = self._adapters()
         if not w.requires_grad and not bool(w.isfinite().all()):
             raise InputError("attach: the adapters hold NaN or infinite numbers")
-        self._version = _version(source)
+        self._version, self._spent = _version(source), False
+        self._with_grad = torch.is_grad_enabled()
         if self.merged:
             with torch.no_grad():
                 for name, (A, B) in self.layout.split(w[0]).items():
@@ -337,10 +338,14 @@ class Live:
         kind = sample.device.type
         auto = torch.is_autocast_enabled(kind)
         place = (torch.get_autocast_dtype(kind) if auto else sample.dtype, sample.device)
-        stale = self._source.requires_grad or _version(self._source) != self._version
-        if stale or place != self._place:
+        # A graph serves one forward: after its backward it is gone, and w may have moved.
+        spent = self._source.requires_grad and (
+            self._spent or self._with_grad != torch.is_grad_enabled()
+        )
+        if spent or place != self._place or _version(self._source) != self._version:
             self._place = place
             self._load()
+        self._spent = True
 
     def _after(self, model: nn.Module, args: tuple, out: Any) -> None:
         if not torch.compiler.is_compiling():

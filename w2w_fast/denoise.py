@@ -19,6 +19,26 @@ from torch import Tensor
 from .errors import InputError
 
 
+MOST_CHARACTERS = 10_000
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """InputError unless all are texts of at most 10,000 characters; tokenizers are slow on more."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt: wanted text, got {prompt!r}")
+        if len(prompt) > MOST_CHARACTERS:
+            raise InputError(
+                f"prompt: wanted at most {MOST_CHARACTERS:,} characters, got {len(prompt):,}"
+            )
+
+
+def check_seed(seed: int) -> None:
+    """InputError unless it is a whole number that a torch.Generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed: wanted a whole number from 0 to 2**63 - 1, got {seed!r}")
+
+
 @dataclass(frozen=True)
 class Photos:
     """Encoded photographs: latents [p, c, h, w] f32, text states [p, s, e], masks [p, 1, h, w]."""
@@ -87,6 +107,7 @@ def encode_images(pipe, images: Tensor, batch: int = 32) -> Tensor:
 @torch.no_grad()
 def encode_prompts(pipe, prompts: Sequence[str]) -> Tensor:
     """Text states [p, s, e] of a pipeline with one CLIP text encoder (Stable Diffusion 1 and 2)."""
+    check_prompts(prompts)
     distinct = sorted(set(prompts))
     states, _ = pipe.encode_prompt(distinct, device_of(pipe), 1, False)
     where = {prompt: i for i, prompt in enumerate(distinct)}

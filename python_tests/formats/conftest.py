@@ -14,20 +14,6 @@ from safetensors.torch import save_file
 from w2w_fast.layout import Layout
 
 
-def _pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """Only the UNet matters to a LoRA of the UNet; the loader does not touch the rest."""
-    return StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet.eval().requires_grad_(False),
-        scheduler=None,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 def _unet_inputs(unet: UNet2DConditionModel, batch: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
@@ -39,46 +25,19 @@ def _unet_inputs(unet: UNet2DConditionModel, batch: int = 1) -> dict[str, torch.
     }
 
 
-@pytest.fixture(scope="session")
-def pipe() -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline around a UNet of SD1.5's kind, small, random, float32."""
-    torch.manual_seed(0)
-    return _pipeline(
-        UNet2DConditionModel(
-            sample_size=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            cross_attention_dim=24,
-            attention_head_dim=4,
-        )
+@pytest.fixture
+def big_pipe(sd15_unet) -> StableDiffusionPipeline:
+    """A pipeline around a UNet of SD1.5's size; only the UNet matters to a LoRA of the UNet."""
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=sd15_unet,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
-
-
-@pytest.fixture(scope="session")
-def big_pipe() -> StableDiffusionPipeline:
-    """A pipeline around a UNet of SD1.5's size (860 M parameters), float32, random."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=(320, 640, 1280, 1280),
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        )
-    unet.to_empty(device="cpu")
-    # A slice of one pool of random numbers for each weight: a minute less than drawing them all.
-    pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for i, (name, weight) in enumerate(unet.named_parameters()):
-            if weight.ndim == 1:
-                weight.fill_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                start = 7919 * i % (pool.numel() - weight.numel()) if i else 0
-                values = pool[start : start + weight.numel()].view(weight.shape)
-                weight.copy_(values).mul_(weight[0].numel() ** -0.5)
-    return _pipeline(unet)
 
 
 @pytest.fixture
@@ -87,10 +46,10 @@ def unet_inputs():
     return _unet_inputs
 
 
-@pytest.fixture(scope="session")
-def layouts(pipe):
+@pytest.fixture
+def layouts(tiny_unet):
     """layouts(rank, alpha): the layout of to_q and to_v in the small UNet."""
-    return lambda rank, alpha: Layout.discover(pipe.unet, rank=rank, alpha=alpha)
+    return lambda rank, alpha: Layout.discover(tiny_unet, rank=rank, alpha=alpha)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def assert_same(got, wanted, base):
 @pytest.mark.parametrize("spelling, alpha", READABLE)
 @torch.no_grad()
 def test_read_equals_real_loader(
-    pipe, layouts, weights, unet_inputs, write_lora, tmp_path, spelling, alpha, rank, dtype
+    tiny_pipe, layouts, weights, unet_inputs, write_lora, tmp_path, spelling, alpha, rank, dtype
 ):
     stored = {
         name: tuple(half.to(DTYPES[dtype]) for half in pair)
@@ -79,15 +79,15 @@ def test_read_equals_real_loader(
     said = {"alpha": 2.0, "rslora": True} if alpha == "rslora" else {"alpha": alpha}
     path, scale = write_lora(spelling, tmp_path / "lora", stored, **said)
 
-    inputs = unet_inputs(pipe.unet)
-    base = pipe.unet(**inputs).sample
-    with loaded(pipe, path, spelling) as unet:
+    inputs = unet_inputs(tiny_pipe.unet)
+    base = tiny_pipe.unet(**inputs).sample
+    with loaded(tiny_pipe, path, spelling) as unet:
         wanted = unet(**inputs).sample
     layout = layouts(rank, 27.0)
     w = formats.to_layout(formats.read_adapter(path), layout)
-    with attach(pipe.unet, layout, adapters=w[None]):
-        got = pipe.unet(**inputs).sample
-    assert_same(got, merged(pipe.unet, stored, scale)(**inputs).sample, base)
+    with attach(tiny_pipe.unet, layout, adapters=w[None]):
+        got = tiny_pipe.unet(**inputs).sample
+    assert_same(got, merged(tiny_pipe.unet, stored, scale)(**inputs).sample, base)
     assert_same(got, wanted, base)
 
 
@@ -97,7 +97,7 @@ def test_read_equals_real_loader(
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
 @torch.no_grad()
 def test_export_equals_real_loader(
-    pipe, layouts, weights, unet_inputs, tmp_path, format, alpha, rank, dtype
+    tiny_pipe, layouts, weights, unet_inputs, tmp_path, format, alpha, rank, dtype
 ):
     layout = layouts(rank, alpha)
     w = weights(layout) * min(1.0, 1 / layout.scale) ** 0.5
@@ -122,31 +122,31 @@ def test_export_equals_real_loader(
     torch.testing.assert_close(back, w * factor, rtol=2 * eps, atol=tiny)
 
     # What each tool computes from the file, against attach with what the file holds.
-    inputs = unet_inputs(pipe.unet)
-    base, before = pipe.unet(**inputs).sample, digest(pipe.unet)
-    with attach(pipe.unet, layout, adapters=back[None]):
-        got = pipe.unet(**inputs).sample
-    assert_same(got, merged(pipe.unet, stored.modules, 1.0)(**inputs).sample, base)
-    with loaded(pipe, path, format) as unet:
+    inputs = unet_inputs(tiny_pipe.unet)
+    base, before = tiny_pipe.unet(**inputs).sample, digest(tiny_pipe.unet)
+    with attach(tiny_pipe.unet, layout, adapters=back[None]):
+        got = tiny_pipe.unet(**inputs).sample
+    assert_same(got, merged(tiny_pipe.unet, stored.modules, 1.0)(**inputs).sample, base)
+    with loaded(tiny_pipe, path, format) as unet:
         assert_same(got, unet(**inputs).sample, base)
     if format == "peft":  # the config says the same as diffusers, which does not read it
-        pipe.unet.load_lora_adapter(
+        tiny_pipe.unet.load_lora_adapter(
             path, weight_name="adapter_model.safetensors", prefix="base_model.model"
         )
-        assert_same(got, pipe.unet(**inputs).sample, base)
-        pipe.unload_lora_weights()
+        assert_same(got, tiny_pipe.unet(**inputs).sample, base)
+        tiny_pipe.unload_lora_weights()
 
-    found = formats.verify(path, pipe, back, layout)
+    found = formats.verify(path, tiny_pipe, back, layout)
     assert float(found) <= 1e-5 and found.relative <= 1e-5
     assert found.modules == len(layout.modules)
-    meant = formats.verify(path, pipe, w, layout, strength=strength)
+    meant = formats.verify(path, tiny_pipe, w, layout, strength=strength)
     assert meant.relative <= 20 * eps + 1e-6
-    assert digest(pipe.unet) == before
-    torch.testing.assert_close(pipe.unet(**inputs).sample, base, rtol=0, atol=0)
+    assert digest(tiny_pipe.unet) == before
+    torch.testing.assert_close(tiny_pipe.unet(**inputs).sample, base, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
-def test_exported_keys(pipe, layouts, weights, tmp_path, format):
+def test_exported_keys(tiny_pipe, layouts, weights, tmp_path, format):
     """The spelling itself: other tools match keys by it."""
     layout = layouts(2, 8.0)
     w = weights(layout)
@@ -170,19 +170,25 @@ def test_exported_keys(pipe, layouts, weights, tmp_path, format):
         assert tensors[f"{flat}.alpha"].shape == () and tensors[f"{flat}.alpha"] == 2.0
 
 
-def test_verify_sees_a_wrong_file(pipe, layouts, weights, tmp_path):
+def test_verify_sees_a_wrong_file(tiny_pipe, layouts, weights, tmp_path):
     layout = layouts(1, 1.0)
     path = formats.export(layout, weights(layout), tmp_path / "x.safetensors")
-    assert formats.verify(path, pipe, weights(layout, seed=2), layout).relative > 1e-2
-    assert formats.verify(path, pipe, weights(layout), layout, strength=0.5).relative > 1e-3
+    assert formats.verify(path, tiny_pipe, weights(layout, seed=2), layout).relative > 1e-2
+    assert formats.verify(path, tiny_pipe, weights(layout), layout, strength=0.5).relative > 1e-3
 
 
-def test_verify_refuses_a_pipe_with_loras(pipe, layouts, weights, tmp_path):
+def test_verify_refuses_a_pipe_with_loras(tiny_pipe, layouts, weights, tmp_path):
     layout = layouts(1, 1.0)
     path = formats.export(layout, weights(layout), tmp_path / "x.safetensors")
-    pipe.load_lora_weights(path, adapter_name="mine")
+    tiny_pipe.load_lora_weights(path, adapter_name="mine")
     try:
         with pytest.raises(InputError, match="mine"):
-            formats.verify(path, pipe, weights(layout), layout)
+            formats.verify(path, tiny_pipe, weights(layout), layout)
     finally:
-        pipe.unload_lora_weights()
+        tiny_pipe.unload_lora_weights()
+
+
+def test_verify_refuses_a_missing_file(tiny_pipe, layouts, weights, tmp_path):
+    layout = layouts(1, 1.0)
+    with pytest.raises(InputError, match="me.safetensors"):
+        formats.verify(tmp_path / "me.safetensors", tiny_pipe, weights(layout), layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -12,6 +13,7 @@ import torch
 from w2w_fast import formats
 from w2w_fast.attach import attach
 from w2w_fast.errors import InputError
+from w2w_fast.formats.published import read_labels
 from w2w_fast.layout import Layout
 from w2w_fast.space import WeightSpace
 
@@ -116,7 +118,7 @@ def test_labels_give_directions(folder, published):
         path = folder / f"labels.{suffix}"
         names = [f"person {i}" for i in range(N)]
         write_table(path, {"name": names, "age": signs[:, 0].int(), "hat": signs[:, 1].int()})
-        got, attributes, labels = formats.read_labels(path)
+        got, attributes, labels = read_labels(path)
         assert (got, attributes) == (names, ["age", "hat"])
         assert torch.equal(labels, signs.float())
     space = load(folder, labels=folder / "labels.csv")
@@ -136,9 +138,15 @@ def write_table(path, columns):
 @pytest.mark.parametrize(
     "name, columns, words",
     [
-        ("short.csv", {"age": [0.0, 1.0]}, ("2 rows", "40 models")),
-        ("text.csv", {"a": ["x"] * N, "b": ["y"] * N}, ("2 text", "at most one")),
-        ("empty.csv", {"age": [1.0] * (N - 1) + [None], "hat": [1.0] * N}, ("'age'", "empty")),
+        ("short.csv", {"age": [0.0, 1.0]}, ("2 rows", "each of 40")),
+        ("text.csv", {"a": ["x"] * N, "b": ["y"] * N}, ("text in 2", "one column of text at most")),
+        (
+            "empty.csv",
+            {"age": [1.0] * (N - 1) + [None], "hat": [1.0] * N},
+            ("'age'", "not numbers"),
+        ),
+        ("index.csv", {"": range(N), "age": [1.0] * N}, ("column ''", "index")),
+        ("dates.parquet", {"day": [datetime.date(2024, 1, 1)] * N}, ("'day'", "not numbers")),
         ("missing.csv", None, ("missing.csv", "wanted an existing")),
         ("labels.pt", {}, ("labels.pt", ".parquet")),
         ("broken.parquet", b"PAR1 nothing", ("broken.parquet",)),

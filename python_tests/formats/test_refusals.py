@@ -292,11 +292,14 @@ class TestExport:
             ({"dtype": torch.float16, "strength": 1e6}, f"{NAME}.*float16"),
             ({"strength": float("nan")}, NAME),
             ({"metadata": {"author": 3}}, "metadata"),
+            ({"path": "x.pt"}, "x.pt.*safetensors"),
         ],
     )
     def test_refused_and_nothing_written(self, tmp_path, changes, words):
+        changes = dict(changes)
+        path = tmp_path / changes.pop("path", "x.safetensors")
         with pytest.raises(InputError, match=words):
-            formats.export(self.layout, torch.ones(28), tmp_path / "x.safetensors", **changes)
+            formats.export(self.layout, torch.ones(28), path, **changes)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("shape", [(27,), (2, 28), (1, 1, 28), ()])

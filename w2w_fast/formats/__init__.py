@@ -24,7 +24,7 @@ from ..layout import Layout, Module, _some
 from ..space import WeightSpace
 from . import cloneofsimo, diffusers, kohya, peft
 from .adapter import Adapter
-from .published import import_published, read_labels
+from .published import import_published
 
 __all__ = [
     "Adapter",
@@ -33,7 +33,6 @@ __all__ = [
     "import_published",
     "layout_of",
     "read_adapter",
-    "read_labels",
     "to_layout",
     "verify",
 ]
@@ -118,7 +117,8 @@ def export(
     format: "kohya" (one file; diffusers, A1111/Forge, ComfyUI), "diffusers" (one file) or "peft" (a
         directory).
     The file says alpha = rank; the layout's scale and the strength are in B, so every tool that
-    takes alpha / rank, and every tool that ignores it, computes the same. Written atomically.
+    takes alpha / rank, and every tool that ignores it, computes the same. Written atomically; a
+    file is replaced, a PEFT directory must be new or empty.
     InputError: more than one identity, wrong length, values that `dtype` cannot hold.
     """
     if format not in _ENCODE:
@@ -127,6 +127,9 @@ def export(
         raise InputError(f"dtype = {dtype}; wanted float32, float16 or bfloat16")
     if any(not isinstance(item, str) for pair in (metadata or {}).items() for item in pair):
         raise InputError("metadata: keys and values must be strings")
+    path = Path(path)
+    if format != "peft" and path.suffix != ".safetensors":  # other tools go by the suffix
+        raise InputError(f"path = {path}; wanted a name that ends in .safetensors")
     layout, w, base = _flat(space_or_layout, c_or_w)
     modules = {
         name: (_cast(name, a, dtype), _cast(name, b * (layout.scale * strength), dtype))
@@ -134,7 +137,6 @@ def export(
     }
     tensors, header = _ENCODE[format](modules, layout.rank, base)
     header = {**header, **(metadata or {})}
-    path = Path(path)
     if format == "peft":
         with files.atomic_dir(path) as folder:
             files.write_tensors(folder / peft.WEIGHTS, tensors, header)
@@ -175,7 +177,10 @@ def verify(
     `pipe`; the file is unloaded again. InputError when the pipe already has a LoRA loaded, or when
     diffusers loads another number of modules than the layout has.
     """
-    unet = pipe.unet
+    path, unet = Path(path), getattr(pipe, "unet", None)
+    if unet is None or getattr(unet.config, "addition_embed_type", None):
+        raise InputError("pipe: wanted a pipeline with the UNet of Stable Diffusion 1 or 2")
+    read_adapter(path)  # diffusers would look for a missing file on the network
     if getattr(unet, "peft_config", None):
         raise InputError(
             f"pipe: it has LoRAs loaded ({_some(list(unet.peft_config))}); call "
@@ -184,7 +189,7 @@ def verify(
     inputs = _fixed_inputs(unet)
     with attach(pipe, layout, adapters=expected_w.reshape(1, -1), strength=strength):
         wanted = unet(**inputs).sample.float()
-    with _loaded_by_diffusers(Path(path), pipe) as modules:
+    with _loaded_by_diffusers(path, pipe) as modules:
         if modules != len(layout.modules):
             raise InputError(f"{path}: diffusers adapted {modules}/{len(layout.modules)} modules")
         got = unet(**inputs).sample.float()
@@ -229,10 +234,10 @@ def _flat(
         raise InputError(
             f"{name}: wanted one identity, [{length}] or [1, {length}], got {list(c_or_w.shape)}"
         )
-    row = c_or_w.detach().reshape(1, length)
+    row = c_or_w.detach().reshape(1, length).float()
     if not is_space:
-        return space_or_layout, row[0].float().cpu(), None
-    w = space_or_layout.reconstruct(row.float(), dtype=torch.float32)[0].cpu()
+        return space_or_layout, row[0].cpu(), None
+    w = space_or_layout.reconstruct(row.to(space_or_layout.mean.device))[0].cpu()
     return space_or_layout.layout, w, space_or_layout.meta.get("base")
 
 

@@ -67,7 +67,7 @@ def collect(
     for key in sorted(tensors):
         known = parse(key)
         if known is None:
-            raise InputError(f"{path}: unknown key {key!r} in a {format} file; wanted {wanted}")
+            raise InputError(f"{path}: unknown key {key[:200]!r} in a {format} file; {wanted}")
         module, part = known
         if module == TEXT_ENCODER:
             text += 1
@@ -110,5 +110,6 @@ def _alpha(path: Path, key: str, tensors: Mapping[str, Tensor]) -> float:
     tensor = tensors[key]
     alpha = float(tensor) if tensor.numel() == 1 else math.nan
     if not (math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"{path}: {key!r} is {tensor.tolist()}; wanted one positive number")
+        got = tensor.item() if tensor.numel() == 1 else list(tensor.shape)
+        raise InputError(f"{path}: {key!r} is {got}; wanted one positive number")
     return alpha

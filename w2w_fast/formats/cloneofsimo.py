@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from .adapter import TEXT_ENCODER, Adapter, collect
 
-WANTED = "'unet:<i>:down' and 'unet:<i>:up'"
+WANTED = "wanted 'unet:<i>:down' and 'unet:<i>:up'"
 
 _KEY = re.compile(r"(?P<model>unet|text_encoder):(?P<index>\d{1,4}):(?P<part>up|down)")
 _ATTENTION = {"CrossAttention", "Attention"}
@@ -63,7 +63,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
                 f"{in_features} -> {out_features}"
             )
         if (said := metadata.get(f"unet:{index}:rank", str(a.shape[0]))) != str(a.shape[0]):
-            raise InputError(f"{path}: unet:{index} has rank {a.shape[0]}, metadata says {said!r}")
+            raise InputError(
+                f"{path}: unet:{index} has rank {a.shape[0]}, metadata says {said[:20]!r}"
+            )
     return adapter
 
 

@@ -21,7 +21,7 @@ from ..errors import InputError
 from . import peft
 from .adapter import TEXT_ENCODER, Adapter, alpha_over_rank, collect
 
-WANTED = "'unet.<module>.lora_A.weight' and '.lora_B.weight' (or '.lora.down.weight' and '.up')"
+WANTED = "wanted 'unet.<module>.lora_A.weight' and '.lora_B.weight' (or '.lora.down.weight', '.up')"
 
 _METADATA = "lora_adapter_metadata"
 _KEY = re.compile(

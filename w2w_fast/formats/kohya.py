@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from .adapter import TEXT_ENCODER, Adapter, collect
 
-WANTED = "'lora_unet_<module, dots to _>.lora_down.weight', '.lora_up.weight' or '.alpha'"
+WANTED = "wanted 'lora_unet_<module, dots to _>.lora_down.weight', '.lora_up.weight' or '.alpha'"
 
 _KEY = re.compile(r"lora_unet_(?P<flat>\w+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
 _PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .adapter import Adapter, Scale, collect
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model"
-WANTED = f"'{PREFIX}.<module>.lora_A.weight' and '.lora_B.weight'"
+WANTED = f"wanted '{PREFIX}.<module>.lora_A.weight' and '.lora_B.weight'"
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>[\w.]+?)\.lora_(?P<half>[AB])(?:\.\w+)?\.weight")
 
@@ -104,13 +105,13 @@ def scaling(where: str, config: Mapping[str, Any]) -> Scale:
     for option, plain in _PLAIN.items():
         if config.get(option) not in plain:
             raise InputError(
-                f"{where}: {option} = {config[option]!r} is not a plain LoRA; "
+                f"{where}: {option} = {reprlib.repr(config[option])} is not a plain LoRA; "
                 f"wanted {plain[-1]!r} (merge it with PEFT first)"
             )
     r, lora_alpha = (_number(where, name, config.get(name)) for name in ("r", "lora_alpha"))
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
-        raise InputError(f"{where}: use_rslora = {rslora!r}; wanted true or false")
+        raise InputError(f"{where}: use_rslora = {reprlib.repr(rslora)}; wanted true or false")
     ranks = _pattern(where, "rank_pattern", config.get("rank_pattern"))
     alphas = _pattern(where, "alpha_pattern", config.get("alpha_pattern"))
 
@@ -126,7 +127,7 @@ def scaling(where: str, config: Mapping[str, Any]) -> Scale:
 def _number(where: str, name: str, value: object) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < 1e9:  # type: ignore[operator]
-        raise InputError(f"{where}: {name} = {value!r}; wanted a positive number")
+        raise InputError(f"{where}: {name} = {reprlib.repr(value)}; wanted a positive number")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -137,7 +138,7 @@ def _pattern(where: str, name: str, value: object) -> dict[str, float]:
     for key in value or {}:
         if not re.fullmatch(r"\^?[\w.]+", key):
             raise InputError(
-                f"{where}: {name} has the regular expression {key!r}; wanted a module's name"
+                f"{where}: {name} has the regular expression {key[:200]!r}; wanted a module's name"
             )
     return {key: _number(where, f"{name}[{key!r}]", v) for key, v in (value or {}).items()}
 
@@ -155,7 +156,9 @@ def _check_targets(where: str, targets: object, modules: Iterable[str]) -> None:
     if targets is None or isinstance(targets, str):
         return
     if not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-        raise InputError(f"{where}: target_modules = {targets!r}; wanted a list of names")
+        raise InputError(
+            f"{where}: target_modules = {reprlib.repr(targets)}; wanted a list of names"
+        )
     ends = set(targets)
     for module in modules:
         parts = module.split(".")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,13 +35,14 @@ _KEY = re.compile(
     r"[._]lora[._](?P<half>A|B|down|up)(?:\.\w+)?\.weight"
 )
 
+# As in the published code: the base the adapters were trained on, and the settings used with them.
 _META = {
-    # As in the published code: the base the adapters were trained on, and its sampling defaults.
     "base": "stablediffusionapi/realistic-vision-v51",
     "prompt": "sks person",
     "class_prompt": "person",
-    "guidance_scale": 3.0,
-    "source": "weights2weights, published files",
+    "generate": {"steps": 50, "guidance": 3.0},
+    "invert": {"steps": 400, "lr": 0.1, "weight_decay": 1e-10, "whiten": False},
+    "source": "the published weights2weights files",
 }
 
 
@@ -96,7 +98,8 @@ def import_published(
         space.names, attributes, table = read_labels(labels)
         if table.shape[0] != proj.shape[0]:
             raise InputError(
-                f"labels: {labels}: {table.shape[0]} rows; proj_1000pc.pt has {proj.shape[0]} models"
+                f"labels: {labels}: {table.shape[0]} rows; wanted one for each of "
+                f"{proj.shape[0]} models"
             )
         space.fit_directions(table, attributes)
     if components > known:
@@ -153,7 +156,7 @@ def check_dimensions(path: Path, layout: Layout) -> None:
             or names.get(match["module"].replace(".", "_")) != name
             or {"down": "A", "up": "B"}.get(match["half"], match["half"]) != half
         ):
-            raise InputError(f"{path}: entry {key!r}; the layout has {half} of {name} there")
+            raise InputError(f"{path}: entry {key[:200]!r}; the layout has {half} of {name} there")
         try:
             (count,), got = value
             same = (int(count), tuple(got)) == (shape[0] * shape[1], shape)
@@ -161,7 +164,8 @@ def check_dimensions(path: Path, layout: Layout) -> None:
             same = False
         if not same:
             raise InputError(
-                f"{path}: {key!r} is {str(value)[:80]}; wanted (({shape[0] * shape[1]},), {shape})"
+                f"{path}: {key[:200]!r} is {reprlib.repr(value)}; wanted "
+                f"(({shape[0] * shape[1]},), {shape})"
             )
 
 
@@ -170,7 +174,7 @@ def read_labels(path: str | Path) -> tuple[list[str] | None, list[str], Tensor]:
 
     A text column, if there is one, holds the subjects' names; every other column is an attribute.
     """
-    from pyarrow import ArrowInvalid, csv, parquet
+    from pyarrow import ArrowException, csv, parquet
     from pyarrow import types as kinds
 
     path = Path(path)
@@ -179,30 +183,29 @@ def read_labels(path: str | Path) -> tuple[list[str] | None, list[str], Tensor]:
         raise InputError(f"labels: {path}; wanted an existing .csv or .parquet file")
     try:
         table = readers[path.suffix](path)
-    except ArrowInvalid as error:
+    except (ArrowException, OSError) as error:
         raise InputError(f"labels: {path}: {str(error).splitlines()[0]}") from None
-    if len(set(table.column_names)) != table.num_columns:
-        raise InputError(f"labels: {path}: two columns have the same name")
-    text, attributes = [], []
-    for field in table.schema:
-        kind = field.type
-        if kinds.is_string(kind) or kinds.is_large_string(kind):
-            text.append(field.name)
-        elif kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind):
-            attributes.append(field.name)
-        else:
-            raise InputError(f"labels: {path}: column {field.name!r} is {kind}; wanted numbers")
-    if len(text) > 1 or not attributes or not table.num_rows:
+    text = [
+        f.name for f in table.schema if kinds.is_string(f.type) or kinds.is_large_string(f.type)
+    ]
+    attributes = [name for name in table.column_names if name not in text]
+    if len(set(table.column_names)) != table.num_columns or len(text) > 1 or not attributes:
         raise InputError(
-            f"labels: {path}: {len(text)} text and {len(attributes)} number columns, "
-            f"{table.num_rows} rows; wanted at most one of names and at least one attribute"
+            f"labels: {path}: columns {reprlib.repr(table.column_names)}, text in {len(text)}; "
+            "wanted distinct names, one column of text at most and at least one of numbers"
         )
-    columns = [table[name].cast("float64").to_numpy() for name in attributes]
-    labels = torch.stack([torch.tensor(column, dtype=torch.float32) for column in columns], dim=1)
-    for name, finite in zip(attributes, torch.isfinite(labels).all(0), strict=True):
-        if not finite:
-            raise InputError(f"labels: {path}: column {name!r} has empty or infinite cells")
-    return (table[text[0]].to_pylist() if text else None), attributes, labels
+    columns = []
+    for name in attributes:
+        if not name or name.startswith("__"):
+            raise InputError(f"labels: {path}: column {name!r} is an index; write without it")
+        try:
+            column = torch.tensor(table[name].cast("float32").to_pylist(), dtype=torch.float32)
+        except (ArrowException, TypeError):  # TypeError: an empty cell
+            column = torch.tensor(torch.nan)
+        if not column.isfinite().all():
+            raise InputError(f"labels: {path}: column {name!r} has cells that are not numbers")
+        columns.append(column)
+    return (table[text[0]].to_pylist() if text else None), attributes, torch.stack(columns, dim=1)
 
 
 def _basis(path: Path, v: Tensor, sign: Tensor) -> Tensor:
@@ -229,7 +232,8 @@ def _tensor(path: Path, shape: tuple[int | None, ...], *, finite: bool = True) -
     # Exactly Tensor: the unpickler may build subclasses, sparse, quantised and meta tensors.
     plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in _FLOATS
     if not plain or tensor.device.type != "cpu":
-        raise InputError(f"{path}: wanted a floating point tensor, got {str(type(tensor))[:80]}")
+        kind = f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')}"
+        raise InputError(f"{path}: wanted a plain floating point tensor, got {kind}")
     if len(shape) == 1 and tensor.ndim == 2 and 1 in tensor.shape:
         tensor = tensor.flatten() if tensor.numel() == shape[0] else tensor
     fits = tensor.ndim == len(shape) and all(

@@ -34,7 +34,7 @@ def edit(
     Raises InputError for an attribute the space has no direction for.
     """
     amounts = {**(amounts or {}), **more}
-    held = [hold] if isinstance(hold, str) else list(hold)
+    held = list(dict.fromkeys([hold] if isinstance(hold, str) else hold))
     if coefficients.ndim != 2 or coefficients.shape[1] != space.m:
         raise InputError(
             f"coefficients: wanted [k, {space.m}], got {tuple(coefficients.shape)}"
@@ -43,6 +43,8 @@ def edit(
         raise InputError(f"hold: {', '.join(sorted(both))} cannot be held and edited at once")
     for name, amount in amounts.items():
         v = direction(space, name, held)
+        if not isinstance(amount, (int, float, Tensor)) or isinstance(amount, bool):
+            raise InputError(f"{name}: wanted a number or a tensor [k], got {amount!r}")
         if not torch.isfinite(torch.as_tensor(amount)).all():
             raise InputError(f"{name}: wanted a finite amount, got {amount!r}")
         coefficients = move(coefficients, v.to(coefficients), amount)
@@ -63,7 +65,11 @@ def direction(space: WeightSpace, name: str, hold: Sequence[str] = ()) -> Tensor
     S = space.covariance()
     C = space.classifiers[rows].double().T
     V = S @ C
-    u = torch.linalg.solve(C.T @ V, V.T)[0]  # row 0 of (C^T S C)^-1 (S C)^T: reads 1, 0, 0, ...
+    gram = C.T @ V
+    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
+    if torch.linalg.cond(gram * scale * scale[:, None]) > 1e10:
+        raise InputError(f"hold: {name} cannot change while {', '.join(hold)} do not: they read alike")
+    u = torch.linalg.solve(gram, V.T)[0]  # row 0 of (C^T S C)^-1 (S C)^T: reads 1, 0, 0, ...
     u = u / u.norm()
     return (u * (u @ S @ u).sqrt()).float()
 
@@ -86,6 +92,8 @@ def parse_amounts(text: str) -> tuple[dict[str, float], list[str]]:
         if name == "hold" and value:
             hold.append(value)
             continue
+        if name in amounts:
+            raise InputError(f"edit: {name} is given twice")
         try:
             amounts[name] = float(value)
         except ValueError:

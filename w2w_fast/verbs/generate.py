@@ -6,13 +6,16 @@ again by itself, to the rounding of another batch size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attach import attach
+from ..denoise import check_prompts, check_seed
 from ..errors import InputError
 from ..space import WeightSpace
 
@@ -54,10 +57,18 @@ def generate(
     k = len(coefficients)
     prompts = [prompts] * k if isinstance(prompts, str) else list(prompts)
     seeds = list(range(seeds, seeds + k)) if isinstance(seeds, int) else list(seeds)
-    strength = torch.as_tensor(strength, dtype=torch.float32).expand(k)
     for name, value in (("prompts", prompts), ("seeds", seeds)):
         if len(value) != k:
             raise InputError(f"{name}: wanted one for each of {k} identities, got {len(value)}")
+    check_prompts(prompts)
+    for seed in seeds:
+        check_seed(seed)
+    strength = torch.as_tensor(strength, dtype=torch.float32)
+    if strength.shape not in ((), (k,)) or not torch.isfinite(strength).all():
+        raise InputError(f"strength: wanted a finite number or [{k}], got {strength.tolist()}")
+    strength = strength.expand(k)
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance: wanted a finite number, got {guidance!r}")
     if coefficients.ndim != 2 or coefficients.shape[1] != space.m:
         raise InputError(f"coefficients: wanted [k, {space.m}], got {tuple(coefficients.shape)}")
     if before is not None and before.shape != coefficients.shape:
@@ -67,10 +78,10 @@ def generate(
         raise InputError(f"wanted steps in 1..1000 and batch in 1..4096, got {steps} and {batch}")
 
     images: list = []
-    own = pipe.scheduler
+    own, shown = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     bar = tqdm(total=k, unit="image", desc="generate", disable=not progress)
-    pipe.set_progress_bar_config(disable=True)
     try:
+        pipe.set_progress_bar_config(**{**shown, "disable": True})
         if scheduler is not None:
             pipe.scheduler = scheduler
         pipe.scheduler.set_timesteps(steps)
@@ -103,4 +114,19 @@ def generate(
                     callback(len(images), k)
     finally:
         pipe.scheduler = own
+        pipe.set_progress_bar_config(**shown)
     return images
+
+
+def named_scheduler(name: str, pipe) -> Any:
+    """The diffusers scheduler of that class name, configured as the pipeline's own is.
+
+    InputError for names that diffusers does not have, or whose schedule is of another kind.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    compatible = {c.__name__ for c in pipe.scheduler.compatibles} | {type(pipe.scheduler).__name__}
+    if kind is None or name not in compatible:
+        raise InputError(f"scheduler: wanted one of {', '.join(sorted(compatible))}; got {name!r}")
+    return kind.from_config(pipe.scheduler.config)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..attach import attach
 from ..denoise import (
     Photos,
+    check_seed,
     denoiser,
     device_of,
     draw_timesteps,
@@ -32,6 +33,17 @@ from ..denoise import (
 )
 from ..errors import InputError
 from ..space import WeightSpace
+
+PAPER = {
+    "steps": 400,
+    "lr": 0.1,
+    "weight_decay": 1e-10,
+    "prior": 0.0,
+    "whiten": False,
+    "timesteps": "uniform",
+    "average": 0.0,
+}
+"""The published settings: `invert(space, pipe, photo, **PAPER)`."""
 
 
 def invert(
@@ -75,6 +87,9 @@ def invert(
             raise InputError(f"{name}: wanted a finite number >= {low}, got {value!r}")
     if not 1 <= steps <= 100_000:
         raise InputError(f"steps: wanted 1 to 100,000, got {steps}")
+    if not 1 <= batch <= 4096:
+        raise InputError(f"batch: wanted 1 to 4096, got {batch}")
+    check_seed(seed)
     if not 0 <= average < 1:
         raise InputError(f"average: wanted a share in [0, 1), got {average}")
     owner = torch.arange(len(photos)) if people is None else torch.as_tensor(people)
@@ -88,6 +103,9 @@ def invert(
         raise InputError(f"prompt: wanted one, or one for each of {len(photos)} photos")
     if start is not None and start.shape != (k, space.m):
         raise InputError(f"start: wanted [{k}, {space.m}], got {tuple(start.shape)}")
+    if start is not None and not torch.isfinite(start).all():
+        raise InputError("start: holds NaN or infinite numbers")
+    space.layout.check(denoiser(pipe))
 
     latents = encode_images(pipe, photos)
     small = None if masks is None else shrink_masks(masks, latents)
@@ -136,7 +154,7 @@ def _invert_batch(
             live.identities = coefficients
             photos = encoded.take(which)
             loss = losses(pipe, photos, noise.expand(k, *shape), t.expand(k))
-            whitened = (coefficients - mu) / sigma.clamp_min(1e-12)
+            whitened = torch.where(sigma > 0, (coefficients - mu) / sigma.clamp_min(1e-12), 0)
             penalty = prior * whitened.square().mean(1) / 2
             optimiser.zero_grad(set_to_none=True)
             (loss + penalty).sum().backward()

@@ -21,7 +21,10 @@ from tqdm.auto import tqdm
 
 from ..attach import attach
 from ..denoise import (
+    MOST_CHARACTERS,
     Photos,
+    check_prompts,
+    check_seed,
     denoiser,
     device_of,
     draw_timesteps,
@@ -31,7 +34,15 @@ from ..denoise import (
     losses,
 )
 from ..errors import InputError
-from ..files import read_image, read_json, read_tensors, write_json, write_manifest, write_tensors
+from ..files import (
+    check_manifest,
+    read_image,
+    read_json,
+    read_tensors,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 from ..layout import Layout
 
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -71,6 +82,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         good = {
             "steps": 1 <= self.steps <= 100_000,
             "lr": math.isfinite(self.lr) and self.lr > 0,
@@ -176,7 +188,9 @@ def populate(
     if not 1 <= batch <= 4096:
         raise InputError(f"batch: wanted 1 to 4096, got {batch}")
     layout.check(denoiser(pipe))
-    start = initial_adapter(layout, recipe.seed) if start is None else start
+    for subject in subjects:
+        check_prompts(subject.prompts)
+    start = initial_adapter(layout, recipe.seed) if start is None else start.detach().cpu()
     if start.shape != (layout.size,) or not torch.isfinite(start).all():
         raise InputError(f"start: wanted a finite adapter [{layout.size}], got {tuple(start.shape)}")
     job = {
@@ -223,6 +237,7 @@ def read_population(folder: str | Path) -> tuple[Tensor, Layout, list[str]]:
     job = read_json(folder / "population.json")
     if not isinstance(job, dict) or not job.get("finished"):
         raise InputError(f"{folder}: this population is not finished; run populate again to go on")
+    check_manifest(folder)
     layout = Layout.from_json(job["layout"])
     rows = []
     for i in range(math.ceil(len(job["names"]) / job["batch"])):
@@ -251,11 +266,20 @@ def read_subjects(folder: str | Path, prompt: str, size: int) -> list[Subject]:
             raise InputError(f"{sub}: no photo ({', '.join(PHOTO_SUFFIXES)}) in it")
         images = torch.stack([photo_tensor(path, size) for path in photos])
         beside = [path.with_suffix(".txt") for path in photos]
-        prompts = tuple(p.read_text("utf-8").strip() if p.exists() else prompt for p in beside)
+        prompts = tuple(_read_prompt(p) if p.exists() else prompt for p in beside)
         subjects.append(Subject(sub.name, images, prompts))
     if not subjects:
         raise InputError(f"{folder}: no sub-folders; wanted one for each subject")
     return subjects
+
+
+def _read_prompt(path: Path) -> str:
+    if path.stat().st_size > 4 * MOST_CHARACTERS:
+        raise InputError(f"{path}: wanted a prompt of at most {MOST_CHARACTERS:,} characters")
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def photo_tensor(source: str | Path | bytes, size: int) -> Tensor:

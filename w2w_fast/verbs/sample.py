@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..denoise import check_seed
 from ..errors import InputError
 from ..space import WeightSpace
 
@@ -27,6 +28,7 @@ def sample(space: WeightSpace, n: int = 1, *, seed: int = 0, factor: float = 1.0
         raise InputError(f"n: wanted a whole number from 0 to {MOST:,}, got {n!r}")
     if not (math.isfinite(factor) and factor >= 0):
         raise InputError(f"factor: wanted a finite number >= 0, got {factor!r}")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, space.m, generator=generator)
     mu, sigma = space.mu.float().cpu(), space.sigma.float().cpu()

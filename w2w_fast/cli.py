@@ -1,0 +1,498 @@
+"""The command line: `w2w VERB`, thin; each command parses, loads, calls the verb and writes.
+
+Nothing here imports torch before a command runs, so that `w2w --help` is quick. What is wrong
+with the input is found before the work starts, and outputs are written whole, at the end.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from . import cli_options as opt
+from . import cli_support as shared
+from .cli_support import MOST_IMAGES
+from .errors import InputError
+
+app = typer.Typer(
+    cls=shared.Group,
+    name="w2w",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Weight spaces of customised diffusion models: sample, edit, invert and generate people.",
+    epilog="First: [bold]w2w demo[/bold]. SPACE is a folder, or [bold]demo[/bold], the small "
+    "world that ships with w2w_fast: [bold]w2w generate demo --sample 8 --out people[/bold]",
+)
+
+
+def command(name: str, panel: str, *examples: str) -> Any:
+    """`app.command` with examples under its help."""
+    epilog = "\n\n".join(("[bold]Examples[/bold]", *(f"  {example}" for example in examples)))
+    return app.command(name, epilog=epilog, rich_help_panel=panel)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print it.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"w2w_fast {__version__}")
+        raise typer.Exit
+
+
+MAKE, USE, FILES, HELP = "Make a space", "Use a space", "Files of other tools", "Look around"
+
+
+@command(
+    "populate",
+    MAKE,
+    "w2w populate photos/ population/ --base sd15/ --steps 800 --lr 1e-4",
+    "w2w populate photos/ population/ --base demo --train B --start first/ --batch 32",
+)
+def populate(
+    photos: Annotated[Path, typer.Argument(help="One sub-folder of photos for each person.")],
+    out: Annotated[Path, typer.Argument(help="The population's folder; a second call resumes.")],
+    base: opt.Base = None,
+    prompt: Annotated[str, typer.Option(help="Where no .txt is beside a photo.")] = "sks person",
+    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 800,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
+    eps: Annotated[float, typer.Option(help="Adam's epsilon; larger is smoother.")] = 1e-8,
+    batch: opt.Batch = 8,
+    train: Annotated[str, typer.Option(metavar="AB|B", help="Both factors, or B alone.")] = "AB",
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Everybody's start: a population (its mean) or a file with w [d]."),
+    ] = None,
+    timesteps: Annotated[str, typer.Option(metavar="uniform|early")] = "uniform",
+    average: Annotated[float, typer.Option(help="Share of last steps averaged.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=1, max=256)] = 1,
+    alpha: Annotated[float, typer.Option(help="The adapters' alpha.")] = 27.0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = None,
+) -> None:
+    """Train an adapter for each person, many at once, on one frozen base model."""
+    from .denoise import check_prompts, denoiser
+    from .layout import Layout
+    from .verbs import populate as verb
+
+    recipe = verb.Recipe(steps, lr, eps, train, timesteps, average, seed)
+    check_prompts([prompt])
+    if not photos.is_dir():
+        raise InputError(f"{photos}: no such folder; wanted one with a sub-folder for each person")
+    pipe = shared.open_pipeline(_required(base), None, device)
+    subjects = verb.read_subjects(photos, prompt, shared.image_size(pipe))
+    layout = Layout.discover(denoiser(pipe), rank=rank, alpha=alpha)
+    first = None if start is None else shared.read_start(start, layout)
+    w, names = verb.populate(
+        pipe, subjects, layout, out, recipe=recipe, start=first, batch=batch, bf16=bf16
+    )
+    lost = len(subjects) - len(names)
+    note = f"; {lost} diverged and set aside (population.json)" if lost else ""
+    typer.echo(f"{out}: {len(names)} people, {w.shape[1]} numbers each{note}")
+
+
+def _required(base: str | None) -> str:
+    if base is None:
+        raise InputError("--base: wanted the folder of a diffusers pipeline, or demo")
+    return base
+
+
+@command(
+    "fit",
+    MAKE,
+    "w2w fit population/ space/ --components 100 --labels labels.csv --base sd15/",
+)
+def fit(
+    population: Annotated[Path, typer.Argument(help="A finished population's folder.")],
+    space: opt.SpaceOut,
+    components: Annotated[int, typer.Option(min=1, max=1_000_000, help="Kept components.")] = 100,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV or Parquet: a column name, and one an attribute.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, recorded in the space.")] = None,
+    prompt: Annotated[str, typer.Option(help="Recorded in the space.")] = "sks person",
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Find the principal components of a population, and the directions of attributes."""
+    shared.new_folder(space, overwrite, "space.json")
+    from .denoise import check_prompts
+    from .verbs.fit import fit as verb
+
+    check_prompts([prompt])
+    meta = shared.given(prompt=prompt, base=base)
+    made = verb(population, components, labels=labels, meta=meta)
+    made.save(space, overwrite=overwrite)
+    share = float(made.explained.sum())
+    typer.echo(f"{space}: {made.n} people, {made.m} components, {share:.1%} of the variance")
+    _show_attributes(made)
+
+
+@command(
+    "sample",
+    USE,
+    "w2w sample demo --n 16 --seed 1 --out people.safetensors",
+    "w2w sample space/ --n 4 --factor 0.7",
+)
+def sample(
+    space: opt.SpaceArg,
+    n: Annotated[int, typer.Option("--n", min=1, max=1_000_000, help="How many people.")] = 1,
+    seed: opt.Seed = 0,
+    factor: Annotated[float, typer.Option(help="Below 1 more average, above 1 less.")] = 1.0,
+    out: opt.PeopleOut = Path("coefficients.safetensors"),
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """People who do not exist: coefficients drawn like the population's."""
+    shared.new_file(out, overwrite)
+    from .coefficients import write_coefficients
+    from .verbs.sample import sample as verb
+
+    opened = shared.open_space(space)
+    write_coefficients(out, verb(opened, n, seed=seed, factor=factor))
+    typer.echo(f"{out}: {n} people, {opened.m} coefficients each")
+
+
+@command(
+    "edit",
+    USE,
+    'w2w edit demo people.safetensors --set "beard=+2" --out bearded.safetensors',
+    'w2w edit demo people.safetensors --set "age=+1.5,hold=glasses" --out older.safetensors',
+)
+def edit(
+    space: opt.SpaceArg,
+    coefficients: opt.PeopleArg,
+    set_: Annotated[
+        str,
+        typer.Option("--set", help="attribute=amount,...: standard deviations; hold=attribute."),
+    ],
+    out: opt.PeopleOut = Path("edited.safetensors"),
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Move people along attributes, in population standard deviations; hold others still."""
+    shared.new_file(out, overwrite)
+    from .coefficients import read_coefficients, write_coefficients
+    from .verbs import edit as verb
+
+    amounts, hold = verb.parse_amounts(set_)
+    if not amounts:
+        raise InputError('--set: wanted at least one attribute=amount, as in "beard=+1.5"')
+    opened = shared.open_space(space)
+    people = read_coefficients(coefficients, opened.m)
+    write_coefficients(out, verb.edit(opened, people, amounts, hold=hold))
+    typer.echo(f"{out}: {len(people)} people edited: {set_}")
+
+
+@command(
+    "invert",
+    USE,
+    "w2w invert demo me.png --mask face.png --out me.safetensors",
+    "w2w invert space/ anna.jpg photos-of-bert/ --base sd15/ --paper",
+)
+def invert(
+    space: opt.SpaceArg,
+    photos: Annotated[list[Path], typer.Argument(help="A file or a folder for each person.")],
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(help="White on the face; one for all photos, or one each, in order."),
+    ] = None,
+    base: opt.OwnBase = None,
+    prompt: opt.MaybePrompt = None,
+    steps: opt.Steps = None,
+    lr: opt.Adam = None,
+    prior: Annotated[
+        float | None,
+        typer.Option(help="Weight of the Gaussian prior; more: less copied from the photo."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="As published: 400 steps, lr 0.1, no prior, unwhitened.")
+    ] = False,
+    seed: opt.Seed = 0,
+    batch: opt.Batch = 64,
+    out: opt.PeopleOut = Path("inverted.safetensors"),
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Find people in the space from photographs, one or several of each."""
+    shared.new_file(out, overwrite)
+    from .coefficients import write_coefficients
+    from .verbs.invert import PAPER
+    from .verbs.invert import invert as verb
+
+    kinds = {
+        "prompt": str, "steps": int, "lr": float, "prior": float, "weight_decay": float,
+        "whiten": bool, "timesteps": str, "average": float,
+    }  # fmt: skip
+    opened = shared.open_space(space, device)
+    settings = shared.defaults(opened, "invert", kinds) | (PAPER if paper else {})
+    settings |= shared.given(prompt=prompt, steps=steps, lr=lr, prior=prior)
+    pipe = shared.open_pipeline(base, opened, device)
+    size = shared.image_size(pipe)
+    pictures, people, names = shared.read_people(photos, size)
+    masks = None if not mask else shared.read_masks(mask, len(pictures), size)
+    found = verb(
+        opened, pipe, pictures, masks=masks, people=people, seed=seed, batch=batch, **settings
+    )
+    write_coefficients(out, found)
+    for name, z in zip(names, ((found - opened.mu) / opened.sigma.clamp_min(1e-12)), strict=True):
+        typer.echo(f"{name}: {float(z.square().mean().sqrt()):.2f} sd from the population's mean")
+    typer.echo(f"{out}: {len(found)} people from {len(pictures)} photos")
+
+
+@command(
+    "generate",
+    USE,
+    'w2w generate demo --sample 8 --prompts "sks person, at the beach" --out beach',
+    "w2w generate demo --identities older.safetensors --before people.safetensors --start 700",
+    "w2w generate space/ --identities me.safetensors --prompts prompts.txt --per-identity 4",
+)
+def generate(
+    space: opt.SpaceArg,
+    identities: Annotated[Path | None, typer.Option(help="A coefficients file.")] = None,
+    sampled: Annotated[
+        int | None,
+        typer.Option("--sample", min=1, max=MOST_IMAGES, help="Or: so many sampled people."),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt, or a text file with one a line; may be repeated."),
+    ] = None,
+    per_identity: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_IMAGES, help="Images of each. [default: one a prompt]"),
+    ] = None,
+    seed: opt.Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, max=1000)] = None,
+    identity_guidance: Annotated[
+        bool | None,
+        typer.Option("--identity-guidance/--plain-guidance", help="[default: the space's]"),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Of the adapters.")] = 1.0,
+    before: Annotated[
+        Path | None,
+        typer.Option(help="Delayed edit: who they are while the timestep is above --start."),
+    ] = None,
+    start: Annotated[int | None, typer.Option(min=0, max=1000)] = None,
+    scheduler: Annotated[str | None, typer.Option(help="A diffusers class's name.")] = None,
+    base: opt.OwnBase = None,
+    batch: opt.Batch = 32,
+    dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("images"),
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Pictures of many different people in one batch, each with a seed of its own."""
+    shared.new_folder(out, overwrite, "images.csv")
+    texts = None if prompts is None else shared.read_prompts(prompts)
+    if (identities is None) == (sampled is None):
+        raise InputError("wanted either --identities FILE or --sample N")
+    if (before is None) != (start is None):
+        raise InputError("--before and --start: wanted both, or neither")
+    import torch
+
+    from . import pictures
+    from .coefficients import read_coefficients, write_coefficients
+    from .files import atomic_dir
+    from .verbs.generate import generate as verb
+    from .verbs.generate import named_scheduler
+    from .verbs.sample import sample as draw
+
+    opened = shared.open_space(space, device)
+    if sampled is not None:
+        people = draw(opened, sampled, seed=seed)
+    else:
+        people = read_coefficients(identities, opened.m)
+    kinds = {"prompt": str, "steps": int, "guidance": float, "identity_guidance": bool}
+    settings = shared.defaults(opened, "generate", kinds)
+    texts = texts or [settings.get("prompt", "sks person")]
+    settings.pop("prompt", None)
+    settings |= shared.given(steps=steps, guidance=guidance, identity_guidance=identity_guidance)
+    each = per_identity or len(texts)
+    if len(people) * each > MOST_IMAGES:
+        raise InputError(
+            f"wanted at most {MOST_IMAGES:,} images in one call, "
+            f"got {len(people):,} people x {each:,}"
+        )
+    rows = torch.arange(len(people)).repeat_interleave(each)
+    chosen = [texts[i % each % len(texts)] for i in range(len(rows))]
+    if before is not None:
+        unedited = read_coefficients(before, opened.m)
+        if len(unedited) != len(people):
+            raise InputError(f"--before: {len(unedited)} people, --identities {len(people)}")
+        settings |= {"before": unedited[rows], "start": start}
+    pipe = shared.open_pipeline(base, opened, device, dtype)
+    if scheduler is not None:
+        settings["scheduler"] = named_scheduler(scheduler, pipe)
+    images = verb(
+        opened, pipe, people[rows], chosen, seeds=seed, strength=strength, batch=batch, **settings
+    )
+    used = {k: v for k, v in settings.items() if k in ("steps", "guidance", "identity_guidance")}
+    records = [
+        {"row": int(row), "prompt": text, "seed": seed + i, **used, "strength": strength}
+        for i, (row, text) in enumerate(zip(rows, chosen, strict=True))
+    ]
+    with atomic_dir(out, overwrite=overwrite) as folder:
+        pictures.save_pictures(folder, images, records)
+        write_coefficients(folder / "coefficients.safetensors", people)
+    typer.echo(f"{out}: {len(images)} images of {len(people)} people; see contact-sheet.png")
+
+
+@command(
+    "export",
+    FILES,
+    "w2w export demo people.safetensors me.safetensors --row 2 --verify",
+    "w2w export space/ me.safetensors me-peft --format peft --strength 0.8",
+)
+def export(
+    space: opt.SpaceArg,
+    coefficients: opt.PeopleArg,
+    out: Annotated[Path, typer.Argument(help="A .safetensors file; for peft a folder.")],
+    row: Annotated[int, typer.Option(min=0, help="Which person of the file.")] = 0,
+    format: Annotated[str, typer.Option(metavar="kohya|diffusers|peft")] = "kohya",
+    strength: Annotated[float, typer.Option(help="Written into the file.")] = 1.0,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with diffusers first.")] = False,
+    base: opt.OwnBase = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Write a person as a LoRA for ComfyUI, A1111, sd-scripts, diffusers or PEFT."""
+    folder = format == "peft"
+    if folder:
+        shared.new_folder(out, overwrite, "adapter_config.json")
+    else:
+        shared.new_file(out, overwrite)
+    import tempfile
+
+    from . import formats
+    from .coefficients import read_coefficients
+    from .files import atomic_dir
+
+    opened = shared.open_space(space)
+    people = read_coefficients(coefficients, opened.m)
+    if row >= len(people):
+        raise InputError(f"--row: {coefficients} has rows 0 to {len(people) - 1}, got {row}")
+    c = people[row]
+    options: dict[str, Any] = {"format": format, "strength": strength}
+    if verify:
+        pipe = shared.open_pipeline(base, opened, "cpu")
+        with tempfile.TemporaryDirectory() as scratch:
+            path = formats.export(opened, c, Path(scratch, out.name), **options)
+            w = opened.reconstruct(c[None])
+            found = formats.verify(path, pipe, w, opened.layout, strength=strength)
+        said = f"{found.max_error:.1e} at most, on outputs up to {found.scale:.2g}"
+        if found.relative > 1e-3:
+            raise InputError(f"--verify: diffusers' output differs by {said}; not written")
+        typer.echo(f"loaded by diffusers, {found.modules} modules: output differs by {said}")
+    if folder:
+        with atomic_dir(out, overwrite=overwrite) as temporary:
+            formats.export(opened, c, temporary, **options)
+    else:
+        formats.export(opened, c, out, **options)
+    typer.echo(f"{out}: {format} LoRA of person {row}, {len(opened.layout.modules)} modules")
+
+
+@command("import", FILES, "w2w import someone.safetensors space/ --out someone-c.safetensors")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA file or a PEFT folder.")],
+    space: opt.SpaceArg,
+    out: opt.PeopleOut = Path("imported.safetensors"),
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Read a LoRA of another tool and project it into a space."""
+    shared.new_file(out, overwrite)
+    from . import formats
+    from .coefficients import write_coefficients
+
+    read = formats.read_adapter(adapter)
+    opened = shared.open_space(space)
+    w = formats.to_layout(read, opened.layout)[None]
+    c = opened.project(w)
+    write_coefficients(out, c)
+    # In standardised coordinates, where the components are orthonormal.
+    far = (w - opened.mean) / opened.std.clamp_min(1e-12) * (opened.std > 0)
+    kept = float(c.square().sum() / far.square().sum().clamp_min(1e-30))
+    n = len(opened.layout.modules)
+    typer.echo(f"{out}: {read.format} LoRA, {n}/{n} modules; the space keeps {kept:.1%} of it")
+
+
+@command(
+    "import-published",
+    FILES,
+    "w2w import-published weights2weights/ celeba/ --components 1000 --allow-pickle",
+)
+def import_published(
+    folder: Annotated[Path, typer.Argument(help="With V.pt, mean.pt, std.pt, ...")],
+    out: opt.SpaceOut,
+    components: Annotated[int, typer.Option(min=1, max=10_000)] = 1000,
+    labels: Annotated[Path | None, typer.Option(help="CSV or Parquet.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="The files are pickles: only if you trust them.")
+    ] = False,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Convert the paper's published files to a space."""
+    shared.new_folder(out, overwrite, "space.json")
+    from . import formats
+    from .files import atomic_dir
+
+    options = {"components": components, "labels": labels, "allow_pickle": allow_pickle}
+    with atomic_dir(out, overwrite=overwrite) as temporary:
+        made = formats.import_published(folder, temporary, **options)
+    typer.echo(f"{out}: {made.n} people, {made.m} components")
+    _show_attributes(made)
+
+
+@command("info", HELP, "w2w info demo", "w2w info people.safetensors", "w2w info lora.safetensors")
+def info(
+    path: Annotated[str, typer.Argument(help="A space, population, coefficients or LoRA.")],
+) -> None:
+    """Say what is in a space, a population, a coefficients file or a LoRA."""
+    from .cli_info import describe
+
+    for key, value in describe(path):
+        typer.echo(f"{key:<14} {value}")
+
+
+@command("doctor", HELP, "w2w doctor")
+def doctor() -> None:
+    """Versions, devices, and which code serves each operation here, and why."""
+    from .cli_info import examine
+
+    for key, value in examine():
+        typer.echo(f"{key:<14} {value}")
+
+
+@command("demo", HELP, "w2w demo", "w2w demo --photo me.jpg --out my-demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("w2w-demo"),
+    photo: Annotated[Path | None, typer.Option(help="A portrait photo to invert too.")] = None,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """A weight space at work in a minute: sampled, edited, inverted, exported; one HTML page."""
+    shared.new_folder(out, overwrite, "report.html")
+    if photo is not None:
+        from .files import read_image
+
+        read_image(photo)
+    from .demo.run import run
+
+    typer.echo(f"report: {run(out, photo, seed=seed, overwrite=overwrite)}")
+
+
+def _show_attributes(space: Any) -> None:
+    if space.attributes:
+        typer.echo(f"attributes: {', '.join(space.attributes)}")
+
+
+def main() -> None:
+    """The entry point of the command `w2w`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

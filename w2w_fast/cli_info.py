@@ -1,0 +1,112 @@
+"""What `w2w info` and `w2w doctor` say: pairs of a key and a line of text."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .cli_support import open_space
+from .coefficients import FORMAT, read_coefficients
+from .errors import InputError
+from .files import read_tensors
+from .formats import read_adapter
+from .layout import Layout
+from .ops import _dispatch
+from .verbs.populate import read_population
+
+Lines = Iterator[tuple[str, object]]
+
+
+def describe(name: str) -> Lines:
+    """What is at a path: a space, a population, a file of coefficients or a LoRA."""
+    path = Path(name)
+    if name == "demo" or (path / "space.json").is_file():
+        return _space(name)
+    if (path / "population.json").is_file():
+        return _population(path)
+    if path.is_file() and read_tensors(path)[1].get("format") == FORMAT:
+        return _coefficients(path)
+    if path.is_file() or (path / "adapter_config.json").is_file():
+        return _adapter(path)
+    if path.is_dir():
+        raise InputError(f"{path}: neither a space, nor a population, nor a PEFT adapter is in it")
+    return _space(name)  # a space by its name; where there is none the message says where
+
+
+def _space(name: str) -> Lines:
+    space = open_space(name)
+    yield "kind", "weight space"
+    yield from _layout(space.layout)
+    yield "components", f"{space.m}, basis in {str(space.basis.dtype).removeprefix('torch.')}"
+    if space.explained is not None:
+        yield "explained", f"{float(space.explained.sum()):.1%} of the population's variance"
+    yield "people", space.n or "their coefficients are not in it"
+    yield "attributes", ", ".join(space.attributes) or "none"
+    for key in sorted(space.meta):
+        yield f"meta.{key}", str(space.meta[key])[:500]
+
+
+def _population(path: Path) -> Lines:
+    w, layout, names = read_population(path)
+    yield "kind", "population"
+    yield from _layout(layout)
+    yield "people", f"{len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+    yield "numbers", f"{w.shape[0]} x {w.shape[1]}"
+
+
+def _coefficients(path: Path) -> Lines:
+    c = read_coefficients(path)
+    yield "kind", "coefficients"
+    yield "people", c.shape[0]
+    yield "components", c.shape[1]
+    yield "rms", f"{float(c.square().mean().sqrt()):.4g}"
+
+
+def _adapter(path: Path) -> Lines:
+    adapter = read_adapter(path)
+    yield "kind", f"LoRA, {adapter.format}"
+    yield "modules", len(adapter.modules)
+    yield "ranks", ", ".join(map(str, adapter.ranks))
+    yield "text encoder", f"{adapter.text_encoder_keys} keys, not read"
+    first = next(iter(adapter.modules))
+    yield "first", first
+    for key in sorted(adapter.metadata)[:20]:
+        yield f"meta.{key}", adapter.metadata[key][:200]
+
+
+def _layout(layout: Layout) -> Lines:
+    known = " (that of Stable Diffusion 1.5)" if layout == Layout.sd15() else ""
+    yield "layout", f"{len(layout.modules)} modules, {layout.size:,} numbers{known}"
+    yield "rank, alpha", f"{layout.rank}, {layout.alpha:g}"
+
+
+def examine() -> Lines:
+    """Versions, devices, the native extension, and each op's backend with the reason."""
+    yield "w2w_fast", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in ("torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "typer"):
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "missing"
+    yield "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        yield f"cuda:{i}", f"{properties.name}, {memory:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield "cuda", "no device"
+    native = _dispatch.native()
+    if native is None:
+        yield "native", "not built: pip install . with a C++ compiler builds it"
+    else:
+        features = ", ".join(f"{k} {v}" for k, v in native.cpu_features().items())
+        yield "native", f"{native.__version__}: {features}"
+    for op, backend, available, reason in _dispatch.report():
+        yield f"op {op}", f"{backend} ({reason}{'' if available else '; no native code here'})"

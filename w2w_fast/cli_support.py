@@ -1,0 +1,291 @@
+"""What the commands share: opening spaces and pipelines, defaults, outputs, and the errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .layout import Layout
+    from .space import WeightSpace
+
+MOST_IMAGES = 10_000
+DEMO = ("demo", "w2w_fast demo world")
+
+
+class Group(typer.core.TyperGroup):
+    """The `w2w` command: bad input is one line on stderr and exit code 2, by whomever it is run."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            # The libraries' own warnings are for programmers; ours are about the user's data.
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=__package__)
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+            try:
+                code = super().main(*args, standalone_mode=False, **kwargs)
+            except InputError as error:
+                say(str(error))
+                code = 2
+            except Exception as error:
+                if not _is_usage(error):
+                    raise
+                code = _show_usage(error)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
+def _is_usage(error: Exception) -> bool:
+    # By name: typer 0.29 brought a click of its own, before it was the package click.
+    return any(kind.__name__ in ("ClickException", "Abort") for kind in type(error).__mro__)
+
+
+def _show_usage(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":  # `w2w` alone has printed its help
+        if error.format_message():  # where the library leaves that to us
+            typer.echo(error.format_message())
+        return 2
+    if type(error).__name__ == "Abort":
+        say("interrupted")
+        return 130
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "w2w"
+    say(f"{error.format_message()} (see `{command} --help`)")
+    return 2
+
+
+def say(message: str) -> None:
+    """One line on stderr; what a terminal would obey is left out of it."""
+    line = " ".join(message.split())
+    typer.echo("w2w: " + "".join(c if c.isprintable() else "?" for c in line), err=True)
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def open_space(name: str, device: str | None = None) -> WeightSpace:
+    """The space in a folder, of a name in the user's cache, or the embedded world's ("demo")."""
+    if name == "demo":
+        from . import demo
+
+        space = demo.space()
+    else:
+        from .space import WeightSpace
+
+        space = WeightSpace.load(name)
+    return space if device is None else space.to(open_device(device))
+
+
+def open_device(device: str | None) -> Any:
+    """A torch.device that is there: the one named, else the first GPU, else the CPU."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"--device {device!r}: cannot be used here: {reason}") from None
+
+
+def open_pipeline(
+    base: str | None, space: WeightSpace | None, device: str | None, dtype: str = "float32"
+) -> Any:
+    """The diffusers pipeline in a folder, or the embedded world's; by default the space's own."""
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype: wanted float32, bfloat16 or float16, got {dtype!r}")
+    place, kind = open_device(device), getattr(torch, dtype)
+    name = base or (space.meta.get("base") if space is not None else None)
+    if not isinstance(name, str):
+        raise InputError(
+            "--base: this space does not say which base model its people were trained on; "
+            "name the folder of that diffusers pipeline"
+        )
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if name in DEMO:
+        from . import demo
+
+        pipe = demo.pipeline(kind)
+    else:
+        pipe = _from_folder(name, kind, told=base is not None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
+def _from_folder(name: str, dtype: Any, told: bool) -> Any:
+    if not (Path(name) / "model_index.json").is_file():
+        whose = "" if told else "the space was made with "
+        raise InputError(
+            f"--base: {whose}{name!r}, which is not a folder with a diffusers pipeline "
+            "(model_index.json); nothing is ever downloaded: name the folder of a copy on disk"
+        )
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            name, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # a damaged folder makes the loaders raise many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"--base: {name}: diffusers cannot load it: {reason[0][:300]}") from error
+
+
+def image_size(pipe: Any) -> int:
+    """The side of the square pictures a pipeline was trained on, in pixels."""
+    from .denoise import denoiser
+
+    return int(denoiser(pipe).config.sample_size) * int(pipe.vae_scale_factor)
+
+
+def read_prompts(values: list[str]) -> list[str]:
+    """Each value is a prompt, or a text file with a prompt a line."""
+    from .denoise import MOST_CHARACTERS, check_prompts
+
+    prompts: list[str] = []
+    for value in values:
+        path = Path(value) if len(value) < 1000 and "\0" not in value else None
+        if path is None or not (path.suffix == ".txt" or path.is_file()):
+            prompts.append(value)
+            continue
+        if not path.is_file() or path.stat().st_size > 100 * MOST_CHARACTERS:
+            raise InputError(f"--prompts: {path}: wanted a text file of at most 1 MB")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"--prompts: {path}: not UTF-8 text: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError("--prompts: no prompt in it")
+    check_prompts(prompts)
+    return prompts
+
+
+def read_people(paths: list[Path], size: int) -> tuple[Any, list[int], list[str]]:
+    """(photos uint8 [p, 3, size, size], who is on each, a name for each person).
+
+    A file is one person; a folder is one person with all the photos in it.
+    """
+    import torch
+
+    from .verbs.populate import PHOTO_SUFFIXES, photo_tensor
+
+    photos, people, names = [], [], []
+    for who, path in enumerate(paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+            if not files:
+                raise InputError(f"{path}: no photo ({', '.join(PHOTO_SUFFIXES)}) in it")
+        photos += [photo_tensor(file, size) for file in files]
+        people += [who] * len(files)
+        names.append(path.name if path.is_dir() else path.stem)
+    return torch.stack(photos), people, names
+
+
+def read_masks(paths: list[Path], photos: int, size: int) -> Any:
+    """Masks f32 [p, 1, size, size] in [0, 1], white on the face; one may serve all photos."""
+    import torch
+
+    from .verbs.populate import photo_tensor
+
+    if len(paths) not in (1, photos):
+        raise InputError(f"--mask: wanted one, or one for each of {photos} photos in their order")
+    grey = [photo_tensor(path, size).float().mean(0, keepdim=True) / 255 for path in paths]
+    return torch.stack(grey * (photos // len(paths)))
+
+
+def read_start(path: Path, layout: Layout) -> Any:
+    """The adapter w [d] to start from: a file's, or the mean of a finished population."""
+    import torch
+
+    from .files import read_tensors
+    from .verbs.populate import read_population
+
+    if path.is_dir():
+        w, other, _ = read_population(path)
+        if other != layout:
+            raise InputError(f"--start: {path}: a population of another layout than this base's")
+        if not len(w):
+            raise InputError(f"--start: {path}: a population of nobody")
+        return w.mean(0)
+    expect = {"w": ((layout.size,), {torch.float32})}
+    return read_tensors(path, expect=expect)[0]["w"]
+
+
+def defaults(space: WeightSpace, verb: str, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """What a space's meta says about a verb: meta[verb] where the kinds fit, InputError if not."""
+    own = space.meta.get(verb, {})
+    if not isinstance(own, dict):
+        raise InputError(f"space: meta: {verb}: wanted an object of settings")
+    found = {}
+    for name, kind in kinds.items():
+        value = own.get(name, space.meta.get(name))
+        if value is None:
+            continue
+        fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"space: meta: {verb}: {name}: wanted {kind.__name__}, got {value!r}")
+        found[name] = value
+    return found
+
+
+def given(**flags: Any) -> dict[str, Any]:
+    """Those of the flags that the user gave."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+# --- outputs --------------------------------------------------------------------------------------
+
+
+def new_file(path: Path, overwrite: bool, suffix: str = ".safetensors") -> Path:
+    """`path`, if it may be written: of that kind, not there yet (unless `overwrite`)."""
+    if path.suffix != suffix:
+        raise InputError(f"{path}: wanted a name that ends in {suffix}")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already; name another, or give --overwrite")
+    return _writable(path)
+
+
+def new_folder(path: Path, overwrite: bool, mark: str) -> Path:
+    """`path`, if it may become a folder: nothing there, or (`overwrite`) one with a file `mark`.
+
+    So that a mistyped name with --overwrite does not cost a folder that something else made.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise InputError(f"{path}: not empty; name another folder, or give --overwrite")
+        if not (path / mark).exists():
+            raise InputError(
+                f"{path}: has no {mark}, so it was not made by this command: it is not overwritten"
+            )
+    return _writable(path)
+
+
+def _writable(path: Path) -> Path:
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {folder} is not a folder that can be written to")
+    return path
