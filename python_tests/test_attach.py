@@ -438,8 +438,8 @@ def test_over_weights_stored_in_fp8(tiny_unet, layout):
 
 def call(pipe, prompts, guidance, **options):
     return pipe(
-        prompt_embeds=awkward.normal(prompts, 5, 24, seed=1),
-        negative_prompt_embeds=awkward.normal(prompts, 5, 24, seed=2),
+        prompt_embeds=awkward.normal(8, 5, 24, seed=1)[:prompts],
+        negative_prompt_embeds=awkward.normal(8, 5, 24, seed=2)[:prompts],
         height=8, width=8, num_inference_steps=2, guidance_scale=guidance, output_type="latent",
         generator=[torch.Generator().manual_seed(i // options.get("num_images_per_prompt", 1))
                    for i in range(prompts * options.get("num_images_per_prompt", 1))],

@@ -27,6 +27,8 @@ class Group(typer.core.TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
             # The libraries' own warnings are for programmers; ours are about the user's data.
+            for library in ("DIFFUSERS", "TRANSFORMERS"):
+                os.environ.setdefault(f"{library}_VERBOSITY", "error")
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=__package__)
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")

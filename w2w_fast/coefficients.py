@@ -1,6 +1,6 @@
 """Files of coefficients: people as points of a weight space, one safetensors tensor [k, m].
 
-    {"coefficients": [k, m] float32}, metadata {"format": "w2w_fast.coefficients"}
+{"coefficients": [k, m] float32}, metadata {"format": "w2w_fast.coefficients"}
 """
 
 from __future__ import annotations

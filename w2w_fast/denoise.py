@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .errors import InputError
 
-
 MOST_CHARACTERS = 10_000
 
 
@@ -144,7 +143,7 @@ def losses(pipe, photos: Photos, noise: Tensor, t: Tensor, *, bf16: bool = False
     elif kind == "v_prediction":
         target = scheduler.get_velocity(clean, noise, t)
     else:
-        raise InputError(f"pipe.scheduler: prediction_type {kind!r} is neither epsilon nor v_prediction")
+        raise InputError(f"pipe.scheduler: prediction_type {kind!r} is not known here")
     error = (prediction - target).square()
     if photos.masks is not None:
         error = error * photos.masks

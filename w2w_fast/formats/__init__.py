@@ -136,7 +136,7 @@ def export(
         for name, (a, b) in layout.split(w).items()
     }
     tensors, header = _ENCODE[format](modules, layout.rank, base)
-    header = {**header, **(metadata or {})}
+    header = {**(metadata or {}), **header}
     if format == "peft":
         with files.atomic_dir(path) as folder:
             files.write_tensors(folder / peft.WEIGHTS, tensors, header)

@@ -73,7 +73,7 @@ def encode(
         "ss_network_alpha": str(float(rank)),
     }
     if base:
-        metadata["ss_sd_model_name"] = base
+        metadata["ss_sd_model_name"] = str(base)
     return tensors, metadata
 
 

@@ -36,9 +36,7 @@ def edit(
     amounts = {**(amounts or {}), **more}
     held = list(dict.fromkeys([hold] if isinstance(hold, str) else hold))
     if coefficients.ndim != 2 or coefficients.shape[1] != space.m:
-        raise InputError(
-            f"coefficients: wanted [k, {space.m}], got {tuple(coefficients.shape)}"
-        )
+        raise InputError(f"coefficients: wanted [k, {space.m}], got {tuple(coefficients.shape)}")
     if both := set(held) & set(amounts):
         raise InputError(f"hold: {', '.join(sorted(both))} cannot be held and edited at once")
     for name, amount in amounts.items():
@@ -68,7 +66,7 @@ def direction(space: WeightSpace, name: str, hold: Sequence[str] = ()) -> Tensor
     gram = C.T @ V
     scale = gram.diagonal().clamp_min(1e-300).rsqrt()
     if torch.linalg.cond(gram * scale * scale[:, None]) > 1e10:
-        raise InputError(f"hold: {name} cannot change while {', '.join(hold)} do not: they read alike")
+        raise InputError(f"hold: {', '.join(hold)} cannot stay while {name} changes: alike")
     u = torch.linalg.solve(gram, V.T)[0]  # row 0 of (C^T S C)^-1 (S C)^T: reads 1, 0, 0, ...
     u = u / u.norm()
     return (u * (u @ S @ u).sqrt()).float()
@@ -84,7 +82,7 @@ def _index(space: WeightSpace, name: str) -> int:
 
 
 def parse_amounts(text: str) -> tuple[dict[str, float], list[str]]:
-    """"beard=+1.5,age=-1,hold=glasses" as ({"beard": 1.5, "age": -1.0}, ["glasses"])."""
+    """Read "beard=+1.5,age=-1,hold=glasses" as ({"beard": 1.5, "age": -1.0}, ["glasses"])."""
     amounts: dict[str, float] = {}
     hold: list[str] = []
     for part in filter(None, (p.strip() for p in text.split(","))):

@@ -57,10 +57,12 @@ class Subject:
     prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.shape[0] != len(self.prompts) or not self.prompts:
+        images, p = self.images, len(self.prompts)
+        photos = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+        if not photos or images.shape[0] != p or not p:
             raise InputError(
-                f"subject {self.name!r}: wanted images [p, 3, h, w] and p > 0 prompts, "
-                f"got {tuple(self.images.shape)} and {len(self.prompts)}"
+                f"subject {self.name!r}: wanted uint8 images [p, 3, h, w] and p > 0 prompts, "
+                f"got {images.dtype} {tuple(images.shape)} and {p} prompts"
             )
 
 
@@ -97,7 +99,7 @@ class Recipe:
 
 
 def initial_adapter(layout: Layout, seed: int = 0) -> Tensor:
-    """The start every subject shares, w [d]: A uniform in +-1/sqrt(in), B zero, as PEFT draws it."""
+    """The start every subject shares, w [d]: A uniform in +-1/sqrt(in), B zero, as in PEFT."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.zeros(layout.size)
     for module, (a, _) in zip(layout.modules, layout.slices(), strict=True):
@@ -192,7 +194,9 @@ def populate(
         check_prompts(subject.prompts)
     start = initial_adapter(layout, recipe.seed) if start is None else start.detach().cpu()
     if start.shape != (layout.size,) or not torch.isfinite(start).all():
-        raise InputError(f"start: wanted a finite adapter [{layout.size}], got {tuple(start.shape)}")
+        raise InputError(
+            f"start: wanted a finite adapter [{layout.size}], got {tuple(start.shape)}"
+        )
     job = {
         "layout": layout.to_json(),
         "recipe": asdict(recipe),

@@ -30,6 +30,8 @@ def sample(space: WeightSpace, n: int = 1, *, seed: int = 0, factor: float = 1.0
         raise InputError(f"factor: wanted a finite number >= 0, got {factor!r}")
     check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, space.m, generator=generator)
+    # torch draws normal numbers sixteen at a time and draws an incomplete last group anew: rows of
+    # whole groups are what makes a row the same whatever comes after it.
+    z = torch.randn(n, -(-space.m // 16) * 16, generator=generator)[:, : space.m]
     mu, sigma = space.mu.float().cpu(), space.sigma.float().cpu()
     return (mu + factor * sigma * z).to(space.mean.device)

@@ -1,0 +1,469 @@
+"""The command line: every verb end to end on a tiny world, and bad input to every verb."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_world import SIZE, make_pipe, make_space, photographs, population, write_population
+from typer.testing import CliRunner
+
+import w2w_fast as w2w
+from w2w_fast.cli import app
+from w2w_fast.files import write_tensors
+
+COMMANDS = (
+    "populate", "fit", "sample", "edit", "invert", "generate", "export", "import",
+    "import-published", "info", "doctor", "demo",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A base, a space that names it, a population, photos, people and files that are none."""
+    root = tmp_path_factory.mktemp("world")
+    pipe = make_pipe(root / "tokenizer")
+    pipe.save_pretrained(root / "base")
+    layout = w2w.Layout.discover(pipe.unet, alpha=8.0)
+    meta = {
+        "base": str(root / "base"),
+        "prompt": "sks person",
+        "generate": {"steps": 2, "guidance": 2.0, "identity_guidance": True},
+        "invert": {"steps": 3, "prior": 0.1},
+    }
+    space = make_space(layout, meta)
+    space.save(root / "space")
+    make_space(layout).save(root / "homeless")  # does not say which base
+    space.cut(3).save(root / "narrow")
+    make_space(layout, {**meta, "invert": {"steps": "many"}}).save(root / "odd")
+    write_population(root / "population", population(layout), layout)
+    w2w.write_coefficients(root / "people.safetensors", w2w.sample(space, 3, seed=1))
+    w2w.write_coefficients(root / "narrow.safetensors", torch.zeros(2, 3))
+    w2w.export(space, space.mu, root / "lora.safetensors")
+    write_tensors(root / "nan.safetensors", {"coefficients": torch.full((1, 6), torch.nan)})
+    for i, photo in enumerate(photographs(4)):
+        folder = root / "photos" / f"person-{i // 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    (root / "nobody").mkdir()
+    Image.new("L", (SIZE, SIZE), 255).save(root / "mask.png")
+    Image.new("L", (SIZE, SIZE), 0).save(root / "black.png")
+    (root / "text.txt").write_text("sks person, at the beach\n\nsks person, at night\n")
+    (root / "long.txt").write_text("x" * 10_001)
+    (root / "huge.txt").write_text("x" * 10_000_000)
+    (root / "latin.txt").write_bytes("M\xfcller".encode("latin-1"))
+    (root / "empty.txt").write_text("\n")
+    (root / "junk.safetensors").write_bytes(b"not safetensors at all")
+    (root / "pickle.pt").write_bytes(b"\x80\x04N.")
+    (root / "labels.csv").write_text(
+        "name,hat\n" + "".join(f"person-{i:02d},{i % 2}\n" for i in range(12))
+    )
+    (root / "few.csv").write_text("name,hat\nperson-00,1\n")
+    broken = root / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return root
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Run `w2w` in an empty folder, `{}` in the arguments being the world."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("W2W_HOME", str(tmp_path / "no-home"))
+
+    def run(line: str, code: int = 0):
+        arguments = [part.replace("{}", str(world)).replace("~", " ") for part in line.split()]
+        result = CliRunner().invoke(app, arguments)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+BAD = [
+    "nonsense",
+    "--nonsense",
+    # sample
+    "sample",
+    "sample {}/nowhere",
+    "sample {}/base",
+    "sample {}/space --n 0",
+    "sample {}/space --n 1000000000",
+    "sample {}/space --n many",
+    "sample {}/space --factor nan",
+    "sample {}/space --factor -1",
+    "sample {}/space --seed -1",
+    "sample {}/space --seed 99999999999999999999999999",
+    "sample {}/space --out people.pt",
+    "sample {}/space --out {}/people.safetensors",
+    "sample {}/space --out {}/text.txt/people.safetensors",
+    "sample {}/space --out {}/base --overwrite",
+    # edit
+    "edit {}/space {}/people.safetensors",
+    "edit {}/space {}/people.safetensors --set beard",
+    "edit {}/space {}/people.safetensors --set hold=age",
+    "edit {}/space {}/people.safetensors --set beard=nan",
+    "edit {}/space {}/people.safetensors --set wings=1",
+    "edit {}/space {}/people.safetensors --set beard=1,hold=beard",
+    "edit {}/space {}/narrow.safetensors --set beard=1",
+    "edit {}/space {}/lora.safetensors --set beard=1",
+    "edit {}/space {}/nan.safetensors --set beard=1",
+    "edit {}/space {}/junk.safetensors --set beard=1",
+    "edit {}/space {}/pickle.pt --set beard=1",
+    "edit {}/space {}/missing.safetensors --set beard=1",
+    "edit {}/space {}/people.safetensors --set beard=1 --out {}/people.safetensors",
+    # invert
+    "invert {}/space",
+    "invert {}/space {}/missing.png",
+    "invert {}/space {}/text.txt",
+    "invert {}/space {}/nobody",
+    "invert {}/space {}/mask.png --mask {}/black.png",
+    "invert {}/space {}/photos/person-0 --mask {}/mask.png --mask {}/mask.png --mask {}/mask.png",
+    "invert {}/space {}/mask.png --steps 1000000",
+    "invert {}/space {}/mask.png --lr nan",
+    "invert {}/space {}/mask.png --prior -1",
+    "invert {}/space {}/mask.png --batch 0",
+    "invert {}/space {}/mask.png --base {}/photos",
+    "invert {}/space {}/mask.png --base {}/broken",
+    "invert {}/space {}/mask.png --device quantum",
+    "invert {}/homeless {}/mask.png",
+    "invert {}/odd {}/mask.png",
+    # generate
+    "generate {}/space",
+    "generate {}/space --sample 2 --identities {}/people.safetensors",
+    "generate {}/space --sample 0",
+    "generate {}/space --sample 1000000000",
+    "generate {}/space --sample 5000 --per-identity 5000",
+    "generate {}/space --sample 1 --steps 1000000",
+    "generate {}/space --sample 1 --guidance nan",
+    "generate {}/space --sample 1 --strength inf",
+    "generate {}/space --sample 1 --prompts {}/long.txt",
+    "generate {}/space --sample 1 --prompts {}/huge.txt",
+    "generate {}/space --sample 1 --prompts {}/latin.txt",
+    "generate {}/space --sample 1 --prompts {}/empty.txt",
+    "generate {}/space --sample 1 --prompts {}/missing.txt",
+    "generate {}/space --sample 1 --scheduler Fast",
+    "generate {}/space --sample 1 --dtype float8",
+    "generate {}/space --sample 1 --base {}/nobody",
+    "generate {}/space --sample 1 --before {}/people.safetensors",
+    "generate {}/space --sample 1 --start 500",
+    "generate {}/space --sample 2 --before {}/people.safetensors --start 500",
+    "generate {}/space --identities {}/narrow.safetensors",
+    "generate {}/space --sample 1 --out {}/photos",
+    "generate {}/space --sample 1 --out {}/photos --overwrite",
+    "generate {}/space --sample 1 --out {}/text.txt",
+    "generate {}/homeless --sample 1",
+    # populate
+    "populate {}/photos",
+    "populate {}/photos out",
+    "populate {}/missing out --base {}/base",
+    "populate {}/nobody out --base {}/base",
+    "populate {}/photos out --base {}/nobody",
+    "populate {}/photos out --base {}/base --steps 0",
+    "populate {}/photos out --base {}/base --steps 1000000",
+    "populate {}/photos out --base {}/base --lr nan",
+    "populate {}/photos out --base {}/base --train A",
+    "populate {}/photos out --base {}/base --timesteps late",
+    "populate {}/photos out --base {}/base --average 1",
+    "populate {}/photos out --base {}/base --alpha nan",
+    "populate {}/photos out --base {}/base --batch 1000000",
+    "populate {}/photos out --base {}/base --start {}/junk.safetensors",
+    "populate {}/photos out --base {}/base --start {}/people.safetensors",
+    "populate {}/photos out --base {}/base --start {}/nobody",
+    "populate {}/photos {}/space --base {}/base",
+    # fit
+    "fit {}/population",
+    "fit {}/nobody out",
+    "fit {}/space out",
+    "fit {}/population out --components 12",
+    "fit {}/population out --components 0",
+    "fit {}/population out --components 3 --labels {}/missing.csv",
+    "fit {}/population out --components 3 --labels {}/few.csv",
+    "fit {}/population {}/space --components 3",
+    "fit {}/population {}/photos --components 3 --overwrite",
+    # export
+    "export {}/space {}/people.safetensors",
+    "export {}/space {}/people.safetensors out.bin",
+    "export {}/space {}/people.safetensors out.safetensors --row 3",
+    "export {}/space {}/people.safetensors out.safetensors --row -1",
+    "export {}/space {}/people.safetensors out.safetensors --format gguf",
+    "export {}/space {}/people.safetensors out.safetensors --strength nan",
+    "export {}/space {}/narrow.safetensors out.safetensors",
+    "export {}/space {}/people.safetensors {}/lora.safetensors",
+    "export {}/space {}/people.safetensors {}/photos --format peft --overwrite",
+    "export {}/homeless {}/people.safetensors out.safetensors --verify",
+    # import
+    "import {}/junk.safetensors {}/space",
+    "import {}/pickle.pt {}/space",
+    "import {}/people.safetensors {}/space",
+    "import {}/missing.safetensors {}/space",
+    "import {}/lora.safetensors {}/nowhere",
+    "import {}/lora.safetensors {}/space --out {}/people.safetensors",
+    # import-published
+    "import-published {}/missing out",
+    "import-published {}/missing out --allow-pickle",
+    "import-published {}/missing out --components 0",
+    "import-published {}/missing {}/space --allow-pickle",
+    # info, demo
+    "info",
+    "info {}/missing",
+    "info {}/nobody",
+    "info {}/junk.safetensors",
+    "info {}/pickle.pt",
+    "info {}/text.txt",
+    "demo --photo {}/text.txt",
+    "demo --out {}/photos",
+    "demo --out {}/photos --overwrite",
+]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(run, world, tmp_path, line):
+    before = tree(world)
+    result = run(line, code=2)
+    assert re.fullmatch(r"w2w: [^\n]{10,}\n", result.stderr), result.stderr
+    assert not result.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert tree(world) == before
+
+
+def test_the_table_has_every_command():
+    named = {line.split()[0] for line in BAD}
+    assert set(COMMANDS) - named == {"doctor"}  # which takes no input
+
+
+def test_the_process_behaves_as_the_runner(world, tmp_path):
+    code = "import sys; from w2w_fast.cli import main; sys.argv = ['w2w', *sys.argv[1:]]; main()"
+    line = [
+        sys.executable,
+        "-c",
+        code,
+        "sample",
+        "nowhere",
+        "--out",
+        str(tmp_path / "a.safetensors"),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("w2w: space: no folder nowhere") and done.stderr.count("\n") == 1
+
+
+def test_other_errors_are_not_swallowed(run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("w2w_fast.space.WeightSpace.load", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("sample {}/space")
+
+
+def test_terminal_codes_in_names_are_not_obeyed(run):
+    result = run("sample \x1b[31mred", code=2)
+    assert "\x1b" not in result.stderr and "red" in result.stderr
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(run, command):
+    text = " ".join(run(f"{command} --help").stdout.split())
+    assert "Examples" in text and f"w2w {command}" in text.split("Examples")[1]
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys; from w2w_fast.cli import app; app(['--help'], standalone_mode=False);"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        spent = after.children_user + after.children_system
+        seconds.append(spent - before.children_user - before.children_system)
+    assert min(seconds) < 0.25, seconds  # processor time: the machine may be busy
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, w2w_fast as w2w; assert 'torch' not in sys.modules; "
+        "assert {'sample', 'attach', 'WeightSpace', 'demo'} <= set(dir(w2w))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_the_functions():
+    from w2w_fast.verbs import edit, fit, generate, invert, populate, sample
+
+    for module in (edit, fit, generate, invert, populate, sample):
+        name = module.__name__.rpartition(".")[2]
+        assert getattr(w2w, name) is getattr(module, name)
+    assert callable(w2w.attach) and w2w.attach.__name__ == "attach"
+    assert w2w.demo.__name__ == "w2w_fast.demo"
+    for name in w2w.__all__:
+        assert getattr(w2w, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        w2w.nonsense  # noqa: B018
+
+
+def test_version(run):
+    assert run("--version").stdout == f"w2w_fast {w2w.__version__}\n"
+
+
+# --- the verbs ----------------------------------------------------------------------------------
+
+
+def test_sample_and_edit(run, world):
+    run("sample {}/space --n 3 --seed 1 --out a.safetensors")
+    space = w2w.WeightSpace.load(world / "space")
+    a = w2w.read_coefficients("a.safetensors", space.m)
+    assert torch.equal(a, w2w.sample(space, 3, seed=1))
+    run("edit {}/space a.safetensors --set beard=+1.5,hold=age --out b.safetensors")
+    want = w2w.edit(space, a, beard=1.5, hold="age")
+    assert torch.equal(w2w.read_coefficients("b.safetensors"), want)
+    run("sample {}/space --out a.safetensors", code=2)
+    run("sample {}/space --out a.safetensors --overwrite")
+    assert len(w2w.read_coefficients("a.safetensors")) == 1
+
+
+def test_populate_and_fit(run, world):
+    line = "populate {}/photos {}/../made --base {}/base --alpha 8 --steps 2 --batch 1"
+    line = line.replace("{}/../made", "made")
+    assert "2 people" in run(line).stdout
+    first = tree(Path("made"))
+    run(line)  # finished already: nothing changes
+    assert tree(Path("made")) == first
+    run(line + " --lr 0.5", code=2)
+    mean = "populate {}/photos next --base {}/base --alpha 8 --steps 2 --train B --start made"
+    run(mean)
+    assert "2 people" in run("info next").stdout
+    result = run("fit {}/population fitted --components 3 --labels {}/labels.csv --base {}/base")
+    assert "hat" in result.stdout and "warning" not in result.stdout
+    assert result.stderr.startswith("w2w: warning: 3 components") is False  # 3 <= 12 / 3
+    noisy = run("fit {}/population noisy --components 9 --labels {}/labels.csv")
+    assert re.fullmatch(r"w2w: warning: 9 components[^\n]*\n", noisy.stderr)
+    space = w2w.WeightSpace.load("fitted")
+    assert space.meta == {"prompt": "sks person", "base": str(world / "base")}
+
+
+def test_invert(run, world):
+    run("invert {}/space {}/photos/person-0 {}/photos/person-1/2.png --mask {}/mask.png --seed 4")
+    space = w2w.WeightSpace.load(world / "space")
+    found = w2w.read_coefficients("inverted.safetensors", space.m)
+    photos = photographs(4)[:3]
+    pipe = make_pipe(Path("tokenizer"))
+    options = {"people": [0, 0, 1], "seed": 4, "progress": False, "prompt": "sks person"}
+    want = w2w.invert(space, pipe, photos, steps=3, prior=0.1, **options)  # the space's settings
+    assert torch.allclose(found, want, atol=1e-3)
+    run("invert {}/space {}/photos/person-0 --paper --steps 1 --out paper.safetensors")
+    moved = w2w.read_coefficients("paper.safetensors") - space.mu
+    assert torch.allclose(moved.abs(), torch.full_like(moved, 0.1), atol=1e-3)
+
+
+def test_generate(run, world):
+    line = "generate {}/space --identities {}/people.safetensors --prompts {}/text.txt --seed 7"
+    assert "6 images of 3 people" in run(line + " --batch 4").stdout
+    with open("images/images.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == list("001122")
+    assert [int(row["seed"]) for row in rows] == list(range(7, 13))
+    assert rows[1]["prompt"] == "sks person, at night" and rows[1]["steps"] == "2"
+    for row in rows:
+        image = Image.open(Path("images", row["file"]))
+        assert image.size == (SIZE, SIZE)
+        assert {k: v for k, v in row.items() if k != "file"} == image.text
+    # Image 3 again, alone: its row, prompt and seed are all in the file.
+    people = w2w.read_coefficients("images/coefficients.safetensors")
+    w2w.write_coefficients("one.safetensors", people[1:2])
+    row = rows[3]
+    prompt = row["prompt"].replace(" ", "~")
+    run(
+        "generate {}/space --identities one.safetensors --out again "
+        f"--prompts {prompt} --seed {row['seed']}"
+    )
+    pixels = [
+        torch.tensor(list(Image.open(path).convert("RGB").tobytes()))
+        for path in (Path("images", row["file"]), "again/image-00000.png")
+    ]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1
+    assert Image.open("images/contact-sheet.png").size[0] > 128
+    run(line, code=2)
+    run(line + " --overwrite --per-identity 1 --scheduler DPMSolverMultistepScheduler")
+    assert len(list(Path("images").glob("image-*.png"))) == 3
+
+
+def test_generate_delayed(run):
+    run("edit {}/space {}/people.safetensors --set beard=5 --out edited.safetensors")
+    line = "generate {}/space --identities edited.safetensors --steps 3 --out "
+    run(line + "after")
+    run(line + "early --before {}/people.safetensors --start 1000")
+    run(line + "late --before {}/people.safetensors --start 0")
+    after, early, late = (
+        Image.open(f"{name}/image-00000.png").tobytes() for name in ("after", "early", "late")
+    )
+    assert after == early != late
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
+def test_export_and_import(run, world, format):
+    out = "out" if format == "peft" else "out.safetensors"
+    result = run(
+        f"export {{}}/space {{}}/people.safetensors {out} --row 2 --format {format} --verify"
+    )
+    assert "16 modules" in result.stdout and "differs by" in result.stdout
+    run(f"export {{}}/space {{}}/people.safetensors {out} --format {format}", code=2)
+    run(f"export {{}}/space {{}}/people.safetensors {out} --row 2 --format {format} --overwrite")
+    assert "16/16 modules" in run(f"import {out} {{}}/space").stdout
+    people = w2w.read_coefficients(world / "people.safetensors")
+    back = w2w.read_coefficients("imported.safetensors")
+    assert torch.allclose(back, people[2:3], atol=1e-3)
+    assert format in run(f"info {out}").stdout
+    run("export {}/space {}/people.safetensors half.safetensors --strength 0.5")
+    space = w2w.WeightSpace.load(world / "space")
+    half = w2w.read_adapter("half.safetensors").modules[space.layout.names[0]]
+    full = space.layout.split(space.reconstruct(people[0:1])[0])[space.layout.names[0]]
+    assert torch.allclose(
+        half[1] @ half[0], 0.5 * space.layout.scale * full[1] @ full[0], atol=1e-5
+    )
+
+
+def test_info_and_doctor(run):
+    assert "beard, age, glasses" in run("info {}/space").stdout
+    assert "12: person-00" in run("info {}/population").stdout
+    assert "coefficients" in run("info {}/people.safetensors").stdout
+    text = run("doctor").stdout
+    assert f"torch          {torch.__version__}" in text
+    for op in ("reconstruct", "project", "merge", "edit"):
+        assert f"op {op}" in text
+
+
+def test_nothing_is_looked_up_on_the_network(run, monkeypatch):
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    run("generate {}/space --sample 1")
+    run("generate {}/space --sample 1 --base runwayml/stable-diffusion-v1-5 --out b", code=2)
