@@ -144,7 +144,7 @@ def test_random_damage_to_a_header_never_escapes_the_typed_error(tmp_path):
     good = path.read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     refused = 0
-    for _ in range(2_000):
+    for _ in range(500):
         bad = bytearray(good)
         for _ in range(rng.randint(1, 3)):
             bad[rng.randrange(8 + length)] = rng.randrange(256)
@@ -153,7 +153,7 @@ def test_random_damage_to_a_header_never_escapes_the_typed_error(tmp_path):
             files.read_tensors(path, finite=False)
         except InputError:
             refused += 1
-    assert refused > 1_800  # a few change only a name or the metadata
+    assert refused > 440  # a few change only a name or the metadata
 
 
 def test_writer_refuses_metadata_that_is_not_text(tmp_path):

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
 from . import cli_options as opt
 from . import cli_support as shared
 from .cli_support import MOST_IMAGES
@@ -37,12 +36,8 @@ def command(name: str, panel: str, *examples: str) -> Any:
 
 
 @app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print it.")] = False,
-) -> None:
-    if version:
-        typer.echo(f"w2w_fast {__version__}")
-        raise typer.Exit
+def _options(version: opt.Version = False) -> None:
+    pass
 
 
 MAKE, USE, FILES, HELP = "Make a space", "Use a space", "Files of other tools", "Look around"
@@ -85,7 +80,7 @@ def populate(
     check_prompts([prompt])
     if not photos.is_dir():
         raise InputError(f"{photos}: no such folder; wanted one with a sub-folder for each person")
-    pipe = shared.open_pipeline(_required(base), None, device)
+    pipe = shared.open_pipeline(base, None, device)
     subjects = verb.read_subjects(photos, prompt, shared.image_size(pipe))
     layout = Layout.discover(denoiser(pipe), rank=rank, alpha=alpha)
     first = None if start is None else shared.read_start(start, layout)
@@ -95,12 +90,6 @@ def populate(
     lost = len(subjects) - len(names)
     note = f"; {lost} diverged and set aside (population.json)" if lost else ""
     typer.echo(f"{out}: {len(names)} people, {w.shape[1]} numbers each{note}")
-
-
-def _required(base: str | None) -> str:
-    if base is None:
-        raise InputError("--base: wanted the folder of a diffusers pipeline, or demo")
-    return base
 
 
 @command(
@@ -308,7 +297,8 @@ def generate(
     else:
         people = read_coefficients(identities, opened.m)
     kinds = {"prompt": str, "steps": int, "guidance": float, "identity_guidance": bool}
-    settings = shared.defaults(opened, "generate", kinds)
+    settings = {"steps": 50, "guidance": 3.0, "identity_guidance": False}
+    settings |= shared.defaults(opened, "generate", kinds)
     texts = texts or [settings.get("prompt", "sks person")]
     settings.pop("prompt", None)
     settings |= shared.given(steps=steps, guidance=guidance, identity_guidance=identity_guidance)
@@ -331,7 +321,8 @@ def generate(
     images = verb(
         opened, pipe, people[rows], chosen, seeds=seed, strength=strength, batch=batch, **settings
     )
-    used = {k: v for k, v in settings.items() if k in ("steps", "guidance", "identity_guidance")}
+    used = {k: v for k, v in settings.items() if k not in ("before", "scheduler")}
+    used["scheduler"] = scheduler or type(pipe.scheduler).__name__
     records = [
         {"row": int(row), "prompt": text, "seed": seed + i, **used, "strength": strength}
         for i, (row, text) in enumerate(zip(rows, chosen, strict=True))

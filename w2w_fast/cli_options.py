@@ -7,6 +7,16 @@ from typing import Annotated
 
 import typer
 
+from . import __version__
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"w2w_fast {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same result.")]
 SpaceArg = Annotated[str, typer.Argument(metavar="SPACE", help="A space's folder, or demo.")]
 PeopleArg = Annotated[Path, typer.Argument(metavar="COEFFICIENTS", help="A coefficients file.")]

@@ -111,6 +111,8 @@ def open_pipeline(
         raise InputError(f"--dtype: wanted float32, bfloat16 or float16, got {dtype!r}")
     place, kind = open_device(device), getattr(torch, dtype)
     name = base or (space.meta.get("base") if space is not None else None)
+    if name is None and space is None:
+        raise InputError("--base: wanted the folder of a diffusers pipeline, or demo")
     if not isinstance(name, str):
         raise InputError(
             "--base: this space does not say which base model its people were trained on; "

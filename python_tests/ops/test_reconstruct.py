@@ -46,7 +46,7 @@ def test_equals_oracle(backend, k, m, basis_dtype):
 
 
 @pytest.mark.parametrize("d", [1, 2, 15, 17, 4097])
-def test_every_length(backend, d):
+def test_every_length_is_written_whole(backend, poisoned, d):
     args = inputs(3, 16, d, torch.bfloat16)
     check(ops.reconstruct(*args), *args, torch.float32)
 
