@@ -37,9 +37,7 @@ def low_rank(x: Any, A: Any, B: Any, scale: Any) -> np.ndarray:
     """scale * (x A^T) B^T, row i with its own A, B and scale (one of each: everyone's)"""
     x, A, B = map(f64, (x, A, B))
     scales = np.broadcast_to(f64(scale), len(x))
-    rows = [
-        scales[i] * x[i] @ A[i % len(A)].T @ B[i % len(B)].T for i in range(len(x))
-    ]
+    rows = [scales[i] * x[i] @ A[i % len(A)].T @ B[i % len(B)].T for i in range(len(x))]
     return np.stack(rows) if rows else np.zeros((0, x.shape[1], B.shape[1]))
 
 

@@ -55,9 +55,11 @@ def test_discovery_of_other_models_follows_registration_and_skips_convolutions()
         "a": nn.ModuleDict({"to_q": nn.Conv2d(1, 1, 1), "not_to_q": nn.Linear(1, 1)}),
         "to_q": nn.Linear(6, 7),
     })  # fmt: skip
-    assert [
-        (m.name, m.in_features, m.out_features) for m in Layout.discover(model).modules
-    ] == [("b.to_q", 4, 5), ("b.to_v", 2, 3), ("to_q", 6, 7)]
+    assert [(m.name, m.in_features, m.out_features) for m in Layout.discover(model).modules] == [
+        ("b.to_q", 4, 5),
+        ("b.to_v", 2, 3),
+        ("to_q", 6, 7),
+    ]
 
 
 def test_split_is_views_in_row_major_order():

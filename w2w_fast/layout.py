@@ -242,8 +242,10 @@ def _widths(module: Any) -> tuple[int, int]:
 def _is_linear(module: Any) -> bool:
     """Linear-like: quantised and wrapped Linears count, a convolution does not."""
     weight = getattr(module, "weight", None)
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and (
-        not isinstance(weight, Tensor) or weight.ndim == 2
+    return (
+        hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and (not isinstance(weight, Tensor) or weight.ndim == 2)
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from w2w_fast import formats
 from w2w_fast.attach import attach
 from w2w_fast.errors import InputError
-from w2w_fast.formats.published import read_labels
+from w2w_fast.labels import read_labels
 from w2w_fast.layout import Layout
 from w2w_fast.space import WeightSpace
 
@@ -117,7 +117,7 @@ def test_labels_give_directions(folder, published):
     for suffix in ("csv", "parquet"):
         path = folder / f"labels.{suffix}"
         names = [f"person {i}" for i in range(N)]
-        write_table(path, {"name": names, "age": signs[:, 0].int(), "hat": signs[:, 1].int()})
+        write_table(path, {"name": names, "age": signs[:, 0].int(), "hat": signs[:, 1]})
         got, attributes, labels = read_labels(path)
         assert (got, attributes) == (names, ["age", "hat"])
         assert torch.equal(labels, signs.float())

@@ -314,8 +314,9 @@ class TestExport:
             formats.export(self.layout, w, tmp_path / "x.safetensors")
 
     def test_metadata_is_kept(self, tmp_path):
+        metadata = {"who": "me", "ss_network_dim": "3"}  # the second would be untrue
         path = formats.export(
-            self.layout, torch.ones(1, 28), tmp_path / "x.safetensors", metadata={"who": "me"}
+            self.layout, torch.ones(1, 28), tmp_path / "x.safetensors", metadata=metadata
         )
         metadata = formats.read_adapter(path).metadata
         assert metadata["who"] == "me" and metadata["ss_network_dim"] == "2"

@@ -60,11 +60,11 @@ def test_labels_are_matched_by_name(folder, tmp_path):
     [
         (people_rows(11), ("name", "hat", "age"), "1 of 12.*person-11"),
         (people_rows() + people_rows(1), ("name", "hat", "age"), "twice"),
-        (people_rows(), ("who", "hat", "age"), "no column 'name'"),
-        ([[r[0], "yes", 1] for r in people_rows()], ("name", "hat", "age"), "numbers"),
-        ([[r[0], "inf", 1] for r in people_rows()], ("name", "hat", "age"), "finite"),
-        ([[r[0], "", 1] for r in people_rows()], ("name", "hat", "age"), "numbers|finite"),
-        ([r[:1] for r in people_rows()], ("name",), "at least one column"),
+        ([[1, *r[1:]] for r in people_rows()], ("name", "hat", "age"), "no column of names"),
+        ([[r[0], "yes", 1] for r in people_rows()], ("name", "hat", "age"), "one column of text"),
+        ([[r[0], "inf", 1] for r in people_rows()], ("name", "hat", "age"), "not numbers"),
+        ([[r[0], "", 1] for r in people_rows()], ("name", "hat", "age"), "not numbers"),
+        ([r[:1] for r in people_rows()], ("name",), "at least one"),
     ],
 )
 def test_bad_tables(folder, tmp_path, rows, header, said):

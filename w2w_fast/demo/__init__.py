@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..space import WeightSpace
-    from .reader import Reader
+    from .reading import Reader
 
 WORLD = Path(__file__).with_name("world")
 
@@ -58,6 +58,6 @@ def pipeline(dtype: torch.dtype | None = None):
 
 def reader() -> Reader:
     """The judge: reads attributes and identity from a picture."""
-    from .reader import Reader
+    from .reading import Reader
 
     return Reader.load(_part("reader.safetensors"))

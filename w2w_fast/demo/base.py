@@ -91,7 +91,7 @@ def vocabulary() -> list[str]:
 
 
 def make_tokenizer(out: Path) -> CLIPTokenizer:
-    """Byte-pair merges learned until each word of the vocabulary is one token; others still spell."""
+    """Merges learned until each word of the vocabulary is one token; other words still spell."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = range(256, 256 + 256 - len(printable))  # where byte-level BPE moves the other bytes
     letters = [chr(i) for i in (*printable, *others)]
@@ -134,7 +134,7 @@ def tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def _captions(persons: Tensor, conditions: Tensor, generator: torch.Generator) -> list[str]:
-    """Captions that sometimes name attributes, sometimes say `sks`, and are empty for one in ten."""
+    """Captions that sometimes name attributes or say `sks`, and are empty for one in ten."""
     u = torch.rand(len(persons), 2 + len(render.BINARY), generator=generator)
     result = []
     for person, condition, dice in zip(persons, conditions, u, strict=True):

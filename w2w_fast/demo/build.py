@@ -17,11 +17,18 @@ from ..files import write_tensors
 from ..layout import Layout
 from ..verbs.fit import fit
 from ..verbs.populate import Recipe, Subject, populate
-from . import base, reader, render
+from . import base, reading, render
 
 PEOPLE, FIRST, PHOTOS = 1024, 64, 16
 HELD_OUT = 128
-COMPONENTS = 256
+COMPONENTS = 200
+META = {
+    "base": "w2w_fast demo world",
+    "prompt": "sks person",
+    "generate": {"steps": 16, "guidance": 3.0, "identity_guidance": True},
+    "invert": {"steps": 200, "lr": 0.05, "prior": 0.01, "timesteps": "early", "average": 0.5},
+}
+"""Recorded in the space: what `generate` and `invert` use unless told otherwise."""
 ALPHA = 8.0
 FIRST_RECIPE = Recipe(
     steps=200, lr=0.01, eps=1e-4, train="AB", timesteps="early", average=0.5, seed=5
@@ -80,7 +87,7 @@ def build(out: Path) -> None:
     if not pipeline.exists():
         base.build(pipeline)
     if not (out / "reader.safetensors").exists():
-        reader.train_reader(out / "reader.safetensors")
+        reading.train_reader(out / "reader.safetensors")
     pipe = load_for_training(pipeline)
     layout = Layout.discover(pipe.unet, alpha=ALPHA)
     first = subjects(persons("first", FIRST), "first")
@@ -95,7 +102,7 @@ def build(out: Path) -> None:
         out / "population",
         COMPONENTS,
         labels=out / "labels.csv",
-        meta={"base": "w2w_fast demo world", "prompt": "sks person"},
+        meta=META,
     )
     space.save(out / "space", overwrite=True)
 

@@ -49,9 +49,9 @@ PLACES = (
 )
 SIZE = 64
 CONDITIONS = (
-    "place yaw roll zoom dx dy light_angle light smile shirt_r shirt_g shirt_b "
-    "bar bar_x bar_y bar_angle phase gain"
-).split()
+    *("place", "yaw", "roll", "zoom", "dx", "dy", "light_angle", "light", "smile"),
+    *("shirt_r", "shirt_g", "shirt_b", "bar", "bar_x", "bar_y", "bar_angle", "phase", "gain"),
+)
 _OCCLUDED = 0.12
 
 

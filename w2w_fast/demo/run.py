@@ -210,7 +210,7 @@ def _figures() -> str:
         ("edits: sliders that flip their target in 90%", edits["reached"] / 8, ""),
         ("... other attributes changed there", others, "<= 15%"),
         ("... still a face", edits["face"], ""),
-        ("one photo, held-out people, new poses: attributes right", w2w["attributes_right"], ">= 85%"),
+        ("one photo, held-out people: attributes right", w2w["attributes_right"], ">= 85%"),
         ("... prompt followed", w2w["prompt_followed"], ">= 90%"),
         ("... both together", w2w["both"], "> the next"),
         ("... both, one-photo adapter without the space", rival["both"], ""),
@@ -230,7 +230,9 @@ def _figures() -> str:
 
 
 def _says(probabilities: Tensor) -> str:
-    words = [n.replace("_", " ") for n, p in zip(render.BINARY, probabilities, strict=True) if p > 0.5]
+    words = [
+        n.replace("_", " ") for n, p in zip(render.BINARY, probabilities, strict=True) if p > 0.5
+    ]
     return ", ".join(words) or "none of them"
 
 

@@ -23,10 +23,10 @@ from ..verbs.invert import invert
 from ..verbs.populate import Recipe, initial_adapter, train_batch
 from ..verbs.sample import sample
 from . import render
-from .reader import Reader, Reading, stack
+from .reading import Reader, Reading, stack
 
 NB = len(render.BINARY)
-STRENGTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+STRENGTHS = (2.0, 4.0, 6.0, 8.0)
 
 
 def prompts(n: int, seed: int) -> tuple[list[str], Tensor]:
@@ -57,7 +57,7 @@ def gallery(reader: Reader, people: Tensor, photos: int = 8, seed: int = 21) -> 
     return torch.nn.functional.normalize(total)
 
 
-def score_populated(space, pipe, reader, people: Tensor, n: int = 128, images: int = 8) -> dict:
+def score_populated(space, pipe, reader, people: Tensor, n: int = 48, images: int = 8) -> dict:
     """Populated people from their coefficients: attributes, and who among all of them it is."""
     who = torch.randperm(len(people), generator=torch.Generator().manual_seed(30))[:n]
     rows = who.repeat_interleave(images)
@@ -76,7 +76,7 @@ def score_populated(space, pipe, reader, people: Tensor, n: int = 128, images: i
     }
 
 
-def score_edits(space, pipe, reader, people: Tensor, n: int = 16) -> dict:
+def score_edits(space, pipe, reader, people: Tensor, n: int = 12) -> dict:
     """For each attribute the least strength that flips it in 90% of cases, and what else changes.
 
     Edits go away from what the unedited picture shows; a random direction of the same length is
@@ -133,7 +133,7 @@ def held_out_photos(n: int, seed: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     return people, render.render(people, conditions), render.face_mask(people, conditions)
 
 
-def score_inversion(space, pipe, reader, training_pipe, n: int = 64, images: int = 4) -> dict:
+def score_inversion(space, pipe, reader, training_pipe, n: int = 24, images: int = 3) -> dict:
     """One photo of a held-out person, then new poses and prompts; the rival has no space.
 
     The rival is a one-photo adapter with the same number of steps, from the start that PEFT gives.
@@ -180,7 +180,7 @@ def adapter_pictures(space: WeightSpace, pipe, w: Tensor, texts: list[str], seed
     return stack(made)
 
 
-def score_sampled(space, pipe, reader, n: int = 48, images: int = 4) -> dict:
+def score_sampled(space, pipe, reader, n: int = 24, images: int = 3) -> dict:
     """People who do not exist: whole faces, and the same person whatever the seed and prompt."""
     rows = torch.arange(n).repeat_interleave(images)
     texts, _ = prompts(len(rows), 61)

@@ -21,7 +21,7 @@ from ..space import WeightSpace
 from ..verbs.populate import Recipe, populate
 from . import render
 from .build import RECIPE, load_for_training, subjects
-from .reader import Reader
+from .reading import Reader
 from .score import adapter_pictures, prompts
 
 CHANGES = ("beard", "hat", "glasses", "skin")

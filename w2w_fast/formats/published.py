@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..labels import read_labels
 from ..layout import Layout
 from ..space import WeightSpace
 
@@ -167,45 +168,6 @@ def check_dimensions(path: Path, layout: Layout) -> None:
                 f"{path}: {key[:200]!r} is {reprlib.repr(value)}; wanted "
                 f"(({shape[0] * shape[1]},), {shape})"
             )
-
-
-def read_labels(path: str | Path) -> tuple[list[str] | None, list[str], Tensor]:
-    """(names or None, attributes, labels [n, a] float32) of a CSV or Parquet table.
-
-    A text column, if there is one, holds the subjects' names; every other column is an attribute.
-    """
-    from pyarrow import ArrowException, csv, parquet
-    from pyarrow import types as kinds
-
-    path = Path(path)
-    readers = {".csv": csv.read_csv, ".parquet": parquet.read_table}
-    if path.suffix not in readers or not path.is_file():
-        raise InputError(f"labels: {path}; wanted an existing .csv or .parquet file")
-    try:
-        table = readers[path.suffix](path)
-    except (ArrowException, OSError) as error:
-        raise InputError(f"labels: {path}: {str(error).splitlines()[0]}") from None
-    text = [
-        f.name for f in table.schema if kinds.is_string(f.type) or kinds.is_large_string(f.type)
-    ]
-    attributes = [name for name in table.column_names if name not in text]
-    if len(set(table.column_names)) != table.num_columns or len(text) > 1 or not attributes:
-        raise InputError(
-            f"labels: {path}: columns {reprlib.repr(table.column_names)}, text in {len(text)}; "
-            "wanted distinct names, one column of text at most and at least one of numbers"
-        )
-    columns = []
-    for name in attributes:
-        if not name or name.startswith("__"):
-            raise InputError(f"labels: {path}: column {name!r} is an index; write without it")
-        try:
-            column = torch.tensor(table[name].cast("float32").to_pylist(), dtype=torch.float32)
-        except (ArrowException, TypeError):  # TypeError: an empty cell
-            column = torch.tensor(torch.nan)
-        if not column.isfinite().all():
-            raise InputError(f"labels: {path}: column {name!r} has cells that are not numbers")
-        columns.append(column)
-    return (table[text[0]].to_pylist() if text else None), attributes, torch.stack(columns, dim=1)
 
 
 def _basis(path: Path, v: Tensor, sign: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def _broken(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(kind == 0, shuffled, torch.where(kind == 1, mixed, noisy))
 
 
-def train_reader(out: Path, steps: int = 1500, pairs: int = 48, seed: int = 3) -> Reader:
+def train_reader(out: Path, steps: int = 900, pairs: int = 48, seed: int = 3) -> Reader:
     """Train on `pairs` people with two photographs each a step; the photographs are drawn anew."""
     from .base import train_steps
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
-from .cli_support import open_space
-from .coefficients import FORMAT, read_coefficients
-from .errors import InputError
-from .files import read_tensors
-from .formats import read_adapter
-from .layout import Layout
-from .ops import _dispatch
-from .verbs.populate import read_population
+from .. import __version__
+from ..coefficients import FORMAT, read_coefficients
+from ..errors import InputError
+from ..files import read_tensors
+from ..formats import read_adapter
+from ..layout import Layout
+from ..ops import _dispatch
+from ..verbs.populate import read_population
+from .support import open_space
 
 Lines = Iterator[tuple[str, object]]
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_options as opt
-from . import cli_support as shared
-from .cli_support import MOST_IMAGES
-from .errors import InputError
+from ..errors import InputError
+from . import options as opt
+from . import support as shared
+from .support import MOST_IMAGES
 
 app = typer.Typer(
     cls=shared.Group,
@@ -72,9 +72,9 @@ def populate(
     device: opt.Device = None,
 ) -> None:
     """Train an adapter for each person, many at once, on one frozen base model."""
-    from .denoise import check_prompts, denoiser
-    from .layout import Layout
-    from .verbs import populate as verb
+    from ..denoise import check_prompts, denoiser
+    from ..layout import Layout
+    from ..verbs import populate as verb
 
     recipe = verb.Recipe(steps, lr, eps, train, timesteps, average, seed)
     check_prompts([prompt])
@@ -110,8 +110,8 @@ def fit(
 ) -> None:
     """Find the principal components of a population, and the directions of attributes."""
     shared.new_folder(space, overwrite, "space.json")
-    from .denoise import check_prompts
-    from .verbs.fit import fit as verb
+    from ..denoise import check_prompts
+    from ..verbs.fit import fit as verb
 
     check_prompts([prompt])
     meta = shared.given(prompt=prompt, base=base)
@@ -138,8 +138,8 @@ def sample(
 ) -> None:
     """People who do not exist: coefficients drawn like the population's."""
     shared.new_file(out, overwrite)
-    from .coefficients import write_coefficients
-    from .verbs.sample import sample as verb
+    from ..coefficients import write_coefficients
+    from ..verbs.sample import sample as verb
 
     opened = shared.open_space(space)
     write_coefficients(out, verb(opened, n, seed=seed, factor=factor))
@@ -164,8 +164,8 @@ def edit(
 ) -> None:
     """Move people along attributes, in population standard deviations; hold others still."""
     shared.new_file(out, overwrite)
-    from .coefficients import read_coefficients, write_coefficients
-    from .verbs import edit as verb
+    from ..coefficients import read_coefficients, write_coefficients
+    from ..verbs import edit as verb
 
     amounts, hold = verb.parse_amounts(set_)
     if not amounts:
@@ -208,9 +208,9 @@ def invert(
 ) -> None:
     """Find people in the space from photographs, one or several of each."""
     shared.new_file(out, overwrite)
-    from .coefficients import write_coefficients
-    from .verbs.invert import PAPER
-    from .verbs.invert import invert as verb
+    from ..coefficients import write_coefficients
+    from ..verbs.invert import PAPER
+    from ..verbs.invert import invert as verb
 
     kinds = {
         "prompt": str, "steps": int, "lr": float, "prior": float, "weight_decay": float,
@@ -284,12 +284,12 @@ def generate(
         raise InputError("--before and --start: wanted both, or neither")
     import torch
 
-    from . import pictures
-    from .coefficients import read_coefficients, write_coefficients
-    from .files import atomic_dir
-    from .verbs.generate import generate as verb
-    from .verbs.generate import named_scheduler
-    from .verbs.sample import sample as draw
+    from .. import pictures
+    from ..coefficients import read_coefficients, write_coefficients
+    from ..files import atomic_dir
+    from ..verbs.generate import generate as verb
+    from ..verbs.generate import named_scheduler
+    from ..verbs.sample import sample as draw
 
     opened = shared.open_space(space, device)
     if sampled is not None:
@@ -358,9 +358,9 @@ def export(
         shared.new_file(out, overwrite)
     import tempfile
 
-    from . import formats
-    from .coefficients import read_coefficients
-    from .files import atomic_dir
+    from .. import formats
+    from ..coefficients import read_coefficients
+    from ..files import atomic_dir
 
     opened = shared.open_space(space)
     people = read_coefficients(coefficients, opened.m)
@@ -395,8 +395,8 @@ def import_(
 ) -> None:
     """Read a LoRA of another tool and project it into a space."""
     shared.new_file(out, overwrite)
-    from . import formats
-    from .coefficients import write_coefficients
+    from .. import formats
+    from ..coefficients import write_coefficients
 
     read = formats.read_adapter(adapter)
     opened = shared.open_space(space)
@@ -427,8 +427,8 @@ def import_published(
 ) -> None:
     """Convert the paper's published files to a space."""
     shared.new_folder(out, overwrite, "space.json")
-    from . import formats
-    from .files import atomic_dir
+    from .. import formats
+    from ..files import atomic_dir
 
     options = {"components": components, "labels": labels, "allow_pickle": allow_pickle}
     with atomic_dir(out, overwrite=overwrite) as temporary:
@@ -442,7 +442,7 @@ def info(
     path: Annotated[str, typer.Argument(help="A space, population, coefficients or LoRA.")],
 ) -> None:
     """Say what is in a space, a population, a coefficients file or a LoRA."""
-    from .cli_info import describe
+    from .info import describe
 
     for key, value in describe(path):
         typer.echo(f"{key:<14} {value}")
@@ -451,7 +451,7 @@ def info(
 @command("doctor", HELP, "w2w doctor")
 def doctor() -> None:
     """Versions, devices, and which code serves each operation here, and why."""
-    from .cli_info import examine
+    from .info import examine
 
     for key, value in examine():
         typer.echo(f"{key:<14} {value}")
@@ -467,10 +467,10 @@ def demo(
     """A weight space at work in a minute: sampled, edited, inverted, exported; one HTML page."""
     shared.new_folder(out, overwrite, "report.html")
     if photo is not None:
-        from .files import read_image
+        from ..files import read_image
 
         read_image(photo)
-    from .demo.run import run
+    from ..demo.run import run
 
     typer.echo(f"report: {run(out, photo, seed=seed, overwrite=overwrite)}")
 

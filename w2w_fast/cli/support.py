@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .layout import Layout
-    from .space import WeightSpace
+    from ..layout import Layout
+    from ..space import WeightSpace
 
 MOST_IMAGES = 10_000
 DEMO = ("demo", "w2w_fast demo world")
@@ -30,7 +30,7 @@ class Group(typer.core.TyperGroup):
             for library in ("DIFFUSERS", "TRANSFORMERS"):
                 os.environ.setdefault(f"{library}_VERBOSITY", "error")
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", module=__package__)
+            warnings.filterwarnings("default", module="w2w_fast")
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
             try:
                 code = super().main(*args, standalone_mode=False, **kwargs)
@@ -77,11 +77,11 @@ def say(message: str) -> None:
 def open_space(name: str, device: str | None = None) -> WeightSpace:
     """The space in a folder, of a name in the user's cache, or the embedded world's ("demo")."""
     if name == "demo":
-        from . import demo
+        from .. import demo
 
         space = demo.space()
     else:
-        from .space import WeightSpace
+        from ..space import WeightSpace
 
         space = WeightSpace.load(name)
     return space if device is None else space.to(open_device(device))
@@ -120,7 +120,7 @@ def open_pipeline(
         )
     os.environ["HF_HUB_OFFLINE"] = "1"
     if name in DEMO:
-        from . import demo
+        from .. import demo
 
         pipe = demo.pipeline(kind)
     else:
@@ -153,14 +153,14 @@ def _from_folder(name: str, dtype: Any, told: bool) -> Any:
 
 def image_size(pipe: Any) -> int:
     """The side of the square pictures a pipeline was trained on, in pixels."""
-    from .denoise import denoiser
+    from ..denoise import denoiser
 
     return int(denoiser(pipe).config.sample_size) * int(pipe.vae_scale_factor)
 
 
 def read_prompts(values: list[str]) -> list[str]:
     """Each value is a prompt, or a text file with a prompt a line."""
-    from .denoise import MOST_CHARACTERS, check_prompts
+    from ..denoise import MOST_CHARACTERS, check_prompts
 
     prompts: list[str] = []
     for value in values:
@@ -188,7 +188,7 @@ def read_people(paths: list[Path], size: int) -> tuple[Any, list[int], list[str]
     """
     import torch
 
-    from .verbs.populate import PHOTO_SUFFIXES, photo_tensor
+    from ..verbs.populate import PHOTO_SUFFIXES, photo_tensor
 
     photos, people, names = [], [], []
     for who, path in enumerate(paths):
@@ -207,7 +207,7 @@ def read_masks(paths: list[Path], photos: int, size: int) -> Any:
     """Masks f32 [p, 1, size, size] in [0, 1], white on the face; one may serve all photos."""
     import torch
 
-    from .verbs.populate import photo_tensor
+    from ..verbs.populate import photo_tensor
 
     if len(paths) not in (1, photos):
         raise InputError(f"--mask: wanted one, or one for each of {photos} photos in their order")
@@ -219,8 +219,8 @@ def read_start(path: Path, layout: Layout) -> Any:
     """The adapter w [d] to start from: a file's, or the mean of a finished population."""
     import torch
 
-    from .files import read_tensors
-    from .verbs.populate import read_population
+    from ..files import read_tensors
+    from ..verbs.populate import read_population
 
     if path.is_dir():
         w, other, _ = read_population(path)
