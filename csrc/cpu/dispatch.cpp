@@ -1,7 +1,10 @@
 // Which instruction set this machine runs, and the split of the rows over threads.
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -53,39 +56,64 @@ const Isa kIsas[] = {  // best first
 std::atomic<const Isa*> in_use{
     std::find_if(std::begin(kIsas), std::end(kIsas), [](const Isa& isa) { return isa.supported; })};
 
-// A thread costs tens of microseconds to start, about the time one core reads this much.
-constexpr std::int64_t kBytesWorthAThread = 512 << 10;
+// Starting a thread costs 20 to 100 microseconds; one core reads this much in 150 or so.
+constexpr std::int64_t kBytesWorthAThread = 4 << 20;
 // Rows are handed out in pieces, so that a core busy with something else holds up only one.
 constexpr std::int64_t kBytesPerPiece = 256 << 10;
+
+// One call, shared by its threads. The caller waits for rows, not for threads: one that finds its
+// core busy and starts late (a time slice is milliseconds) finds nothing left and is not missed.
+struct Job {
+    const ReconstructParams p;
+    const RowsFn rows;
+    const std::int64_t piece;
+    std::vector<float> sums;
+    std::atomic<std::int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+    std::int64_t done = 0;  // rows, under the mutex
+
+    void work(std::int64_t worker) {
+        float* mine = sums.data() + worker * kTile * p.k;
+        std::int64_t count = 0;
+        for (std::int64_t begin; (begin = next.fetch_add(piece)) < p.d;) {
+            const std::int64_t end = std::min(begin + piece, p.d);
+            rows(p, begin, end, mine);
+            count += end - begin;
+        }
+        if (count == 0) return;
+        const std::lock_guard<std::mutex> lock(mutex);
+        if ((done += count) == p.d) finished.notify_one();
+    }
+
+    void wait() {
+        std::unique_lock<std::mutex> lock(mutex);
+        finished.wait(lock, [this] { return done == p.d; });
+    }
+};
 
 }  // namespace
 
 void reconstruct(const ReconstructParams& p, int threads) {
     if (p.k == 0 || p.d == 0) return;
-    const RowsFn rows = in_use.load()->rows;
     const std::int64_t row_bytes =
         std::max<std::int64_t>(1, p.m * (p.basis_dtype == Dtype::f32 ? 4 : 2));
-    const std::int64_t tiles = (p.d + kTile - 1) / kTile;
-    const std::int64_t piece = kTile * std::max<std::int64_t>(1, kBytesPerPiece / (row_bytes * kTile));
-    const std::int64_t useful = 1 + p.d * row_bytes * ((p.k + 3) / 4) / kBytesWorthAThread;
-    const std::int64_t workers = std::min({static_cast<std::int64_t>(threads), useful, tiles});
+    const std::int64_t piece =
+        kTile * std::max<std::int64_t>(1, kBytesPerPiece / (row_bytes * kTile));
+    const std::int64_t useful = p.d * row_bytes * ((p.k + 3) / 4) / kBytesWorthAThread;
+    const std::int64_t workers = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(1, useful));
 
-    std::vector<float> sums(static_cast<std::size_t>(workers * kTile * p.k));
-    std::atomic<std::int64_t> next{0};
-    const auto work = [&](std::int64_t worker) {
-        float* mine = sums.data() + worker * kTile * p.k;
-        for (std::int64_t begin; (begin = next.fetch_add(piece)) < p.d;)
-            rows(p, begin, std::min(begin + piece, p.d), mine);
-    };
-    std::vector<std::thread> others;
-    others.reserve(static_cast<std::size_t>(workers));
+    const auto job = std::shared_ptr<Job>(
+        new Job{p, in_use.load()->rows, piece,
+                std::vector<float>(static_cast<std::size_t>(workers * kTile * p.k))});
     try {
-        for (std::int64_t i = 1; i < workers; ++i) others.emplace_back(work, i);
+        for (std::int64_t i = 1; i < workers; ++i)
+            std::thread([job, i] { job->work(i); }).detach();
     } catch (const std::system_error&) {
         // No more threads to be had: those that started and this one finish all the rows.
     }
-    work(0);
-    for (std::thread& other : others) other.join();
+    job->work(0);
+    job->wait();
 }
 
 std::vector<std::string> compiled_isas() {

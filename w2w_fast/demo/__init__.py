@@ -37,19 +37,22 @@ def space() -> WeightSpace:
     return WeightSpace.load(_part("space"))
 
 
-def pipeline(dtype: torch.dtype | None = None):
-    """The world's StableDiffusionPipeline, in float32 unless told otherwise; no network."""
+def pipeline(dtype: torch.dtype | None = None, world: Path | None = None):
+    """The StableDiffusionPipeline of the world, or of one built in folder `world`; no network.
+
+    In float32 unless told otherwise: the files are float16, which CPUs are slow at.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
+    folder = _part("pipeline") if world is None else world / "pipeline"
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            _part("pipeline"), dtype=dtype or torch.float32, local_files_only=True
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipe.to(dtype or torch.float32)
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()

@@ -246,6 +246,7 @@ def build(out: Path) -> None:
     kept = out.with_name(out.name + "-vae")
     if (kept / "config.json").exists():
         vae = AutoencoderKL.from_pretrained(kept).to(memory_format=torch.channels_last)
+        vae.register_to_config(_name_or_path="")
     else:
         vae = train_vae(kept)
     tokenizer = make_tokenizer(out.with_name(out.name + "-tokenizer"))

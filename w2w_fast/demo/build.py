@@ -17,7 +17,7 @@ from ..files import write_tensors
 from ..layout import Layout
 from ..verbs.fit import fit
 from ..verbs.populate import Recipe, Subject, populate
-from . import base, reading, render
+from . import base, pipeline, reading, render
 
 PEOPLE, FIRST, PHOTOS = 1024, 64, 16
 HELD_OUT = 128
@@ -68,13 +68,12 @@ def write_labels(path: Path, people: Tensor, prefix: str) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def load_for_training(folder: Path):
-    """The base pipeline in bfloat16 with plain attention: a third faster to train through on CPUs,
-    where the fused attention's backward is slow. The VAE stays in float32."""
-    from diffusers import StableDiffusionPipeline
+def load_for_training(world: Path):
+    """The base pipeline with a bfloat16 UNet and plain attention: a third faster to train through
+    on CPUs, where the fused attention's backward is slow. All else stays in float32."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe = pipeline(world=world)
     pipe.unet.set_attn_processor(AttnProcessor())
     pipe.unet.to(torch.bfloat16)
     return pipe
@@ -83,12 +82,11 @@ def load_for_training(folder: Path):
 def build(out: Path) -> None:
     """Every stage that is not there yet."""
     out.mkdir(parents=True, exist_ok=True)
-    pipeline = out / "pipeline"
-    if not pipeline.exists():
-        base.build(pipeline)
+    if not (out / "pipeline").exists():
+        base.build(out / "pipeline")
     if not (out / "reader.safetensors").exists():
         reading.train_reader(out / "reader.safetensors")
-    pipe = load_for_training(pipeline)
+    pipe = load_for_training(out)
     layout = Layout.discover(pipe.unet, alpha=ALPHA)
     first = subjects(persons("first", FIRST), "first")
     w, _ = populate(pipe, first, layout, out / "first", recipe=FIRST_RECIPE)

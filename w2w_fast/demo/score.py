@@ -22,7 +22,7 @@ from ..verbs.generate import generate
 from ..verbs.invert import invert
 from ..verbs.populate import Recipe, initial_adapter, train_batch
 from ..verbs.sample import sample
-from . import render
+from . import pipeline, render
 from .reading import Reader, Reading, stack
 
 NB = len(render.BINARY)
@@ -236,14 +236,12 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def score(world: Path) -> dict:
     """All figures of the world in folder `world`."""
-    from diffusers import StableDiffusionPipeline
-
     from .build import PEOPLE, load_for_training, persons
 
     space = WeightSpace.load(world / "space")
     reader = Reader.load(world / "reader.safetensors")
-    pipe = StableDiffusionPipeline.from_pretrained(world / "pipeline")
-    training_pipe = load_for_training(world / "pipeline")
+    pipe = pipeline(world=world)
+    training_pipe = load_for_training(world)
     people = persons("population", PEOPLE)
     return {
         "reader": score_reader(reader),

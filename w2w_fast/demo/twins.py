@@ -19,7 +19,7 @@ from ..files import read_tensors
 from ..layout import Layout
 from ..space import WeightSpace
 from ..verbs.populate import Recipe, populate
-from . import render
+from . import pipeline, render
 from .build import RECIPE, load_for_training, subjects
 from .reading import Reader
 from .score import adapter_pictures, prompts
@@ -67,12 +67,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("world", type=Path)
     world = parser.parse_args().world
-    from diffusers import StableDiffusionPipeline
-
     shown = twin_test(
         WeightSpace.load(world / "space"),
-        StableDiffusionPipeline.from_pretrained(world / "pipeline"),
-        load_for_training(world / "pipeline"),
+        pipeline(world=world),
+        load_for_training(world),
         Reader.load(world / "reader.safetensors"),
         RECIPE,
         read_tensors(world / "start.safetensors")[0]["w"],
