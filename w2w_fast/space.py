@@ -53,7 +53,7 @@ _SHAPES = {
 _REQUIRED = ("mean", "std", "basis", "mu", "sigma")
 
 
-@dataclass
+@dataclass(repr=False)
 class WeightSpace:
     """A space, validated on construction. float32, but for the basis, which may be bfloat16.
 
@@ -79,6 +79,12 @@ class WeightSpace:
     meta: dict[str, Any] = field(default_factory=dict)
     mu: Tensor | None = None
     sigma: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightSpace({self.n} models, {self.m} components of {self.d} numbers, "
+            f"attributes: {', '.join(self.attributes) or 'none'})"
+        )
 
     def __post_init__(self) -> None:
         if self.coefficients is not None and self.mu is None:

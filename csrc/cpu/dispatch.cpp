@@ -69,8 +69,8 @@ struct Job {
     const std::int64_t piece;
     std::vector<float> sums;
     std::atomic<std::int64_t> next{0};
-    std::mutex mutex;
-    std::condition_variable finished;
+    std::mutex mutex{};
+    std::condition_variable finished{};
     std::int64_t done = 0;  // rows, under the mutex
 
     void work(std::int64_t worker) {
@@ -100,8 +100,9 @@ void reconstruct(const ReconstructParams& p, int threads) {
         std::max<std::int64_t>(1, p.m * (p.basis_dtype == Dtype::f32 ? 4 : 2));
     const std::int64_t piece =
         kTile * std::max<std::int64_t>(1, kBytesPerPiece / (row_bytes * kTile));
-    const std::int64_t useful = p.d * row_bytes * ((p.k + 3) / 4) / kBytesWorthAThread;
-    const std::int64_t workers = std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(1, useful));
+    const std::int64_t useful =
+        std::max<std::int64_t>(1, p.d * row_bytes * ((p.k + 3) / 4) / kBytesWorthAThread);
+    const std::int64_t workers = std::clamp<std::int64_t>(threads, 1, useful);
 
     const auto job = std::shared_ptr<Job>(
         new Job{p, in_use.load()->rows, piece,

@@ -19,7 +19,7 @@ def test_demo_writes_a_self_contained_report(tmp_path):
     assert "http" not in text
     for name in ("sampled", "edited", "inverted", "batch"):
         Image.open(report.parent / f"{name}.png").verify()
-    inverted = read_coefficients(report.parent / "inverted.safetensors", demo.space())
+    inverted = read_coefficients(report.parent / "inverted.safetensors", demo.space().m)
     assert len(inverted) == 6  # four held out, the drawing, the photo
 
 

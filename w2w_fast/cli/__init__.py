@@ -433,7 +433,8 @@ def import_published(
     options = {"components": components, "labels": labels, "allow_pickle": allow_pickle}
     with atomic_dir(out, overwrite=overwrite) as temporary:
         made = formats.import_published(folder, temporary, **options)
-    typer.echo(f"{out}: {made.n} people, {made.m} components")
+    people = f"{made.n} people" if made.n else "statistics, but no people's coefficients"
+    typer.echo(f"{out}: {made.m} components, {people}")
     _show_attributes(made)
 
 

@@ -28,7 +28,7 @@ from . import WORLD, pipeline, reader, render, space
 from .score import held_out_photos
 
 SLIDERS = ("glasses", "hat", "skin", "long_hair")
-AMOUNTS = (-4.0, -2.0, 0.0, 2.0, 4.0)
+AMOUNTS = (-3.0, -1.5, 0.0, 1.5, 3.0)
 POSES = (
     "sks person, blue background, looking ahead",
     "sks person, at the beach, looking left",
