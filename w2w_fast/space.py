@@ -181,6 +181,7 @@ class WeightSpace:
         paper's. The direction is S c / |S c|, S the coefficients' covariance: what changes in the
         population along with the reader's score; one standard deviation long, raising the label.
         Two-valued columns are binary: beside ``r2`` they get ``accuracy``, both left one out.
+        The answer is kept as ``meta["readers"]``.
         """
         if self.coefficients is None:
             raise InputError("fit_directions: this space holds no coefficients to fit to")
@@ -215,6 +216,7 @@ class WeightSpace:
                 middle = column.double().mean()
                 agree = (reader.predictions[:, i] > middle) == (labels[:, i] > middle)
                 report[name]["accuracy"] = float(agree.double().mean())
+        self.meta = {**self.meta, "readers": report}
         return report
 
     def _set_directions(self) -> None:

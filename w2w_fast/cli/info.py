@@ -48,7 +48,10 @@ def _space(name: str) -> Lines:
         yield "explained", f"{float(space.explained.sum()):.1%} of the population's variance"
     yield "people", space.n or "their coefficients are not in it"
     yield "attributes", ", ".join(space.attributes) or "none"
-    for key in sorted(space.meta):
+    readers = space.meta.get("readers")
+    for attribute, found in readers.items() if isinstance(readers, dict) else ():
+        yield f"  {attribute}", str(found)[:500]
+    for key in sorted(set(space.meta) - {"readers"}):
         yield f"meta.{key}", str(space.meta[key])[:500]
 
 
