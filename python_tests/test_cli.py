@@ -457,7 +457,7 @@ def test_import_published_hands_over_its_options(run, world, monkeypatch):
 
     monkeypatch.setattr("w2w_fast.formats.import_published", convert)
     line = "import-published files imported --components 5 --allow-pickle"
-    assert "40 people, 6 components" in run(line).stdout
+    assert "6 components, 40 people" in run(line).stdout
     wanted = {"components": 5, "labels": None, "allow_pickle": True}
     assert seen == {"folder": Path("files"), **wanted}
     first = tree(Path("imported"))
