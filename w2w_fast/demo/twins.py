@@ -36,7 +36,7 @@ def twin_test(
     layout: Layout = space.layout
     generator = torch.Generator().manual_seed(seed)
     people = render.people(pairs, generator)
-    everybody = [people]
+    everybody: list[Tensor] = []
     for name in CHANGES:
         column = render.ATTRIBUTES.index(name)
         without, with_it = people.clone(), people.clone()
@@ -44,7 +44,7 @@ def twin_test(
         if name in render.BINARY:
             without[:, column], with_it[:, column] = 0.0, 1.0
         everybody += [without, with_it]
-    group = subjects(torch.cat(everybody[1:]), "twin")
+    group = subjects(torch.cat(everybody), "twin")
     w, _ = populate(training_pipe, group, layout, recipe=recipe, start=start, batch=len(group))
     w = w.view(len(CHANGES), 2, pairs, -1)
     texts, _ = prompts(pairs, seed + 1)
