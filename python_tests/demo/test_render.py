@@ -32,8 +32,8 @@ def test_every_attribute_shows(name):
     column = render.ATTRIBUTES.index(name)
     low[:, column], high[:, column] = 0, 1
     change = render.render(high, conditions).float() - render.render(low, conditions).float()
-    # Not for everybody: a beard of the skin's own colour is there and hardly shows.
-    assert (change.abs().amax(dim=(1, 2, 3)) > 20).float().mean() > 0.8
+    # Not for everybody: lips may hide in a dark beard.
+    assert (change.abs().amax(dim=(1, 2, 3)) > 20).float().mean() > 0.9
 
 
 def test_masks_hold_the_face_and_leave_the_background():

@@ -196,11 +196,12 @@ def _render(persons: Tensor, condition: Tensor) -> Tensor:
     u = u - 0.05 * yaw
     turn = 1 - 0.12 * yaw.abs()
 
-    skin = _mix(_rgb(255, 222, 196), _rgb(92, 56, 36), a["skin"])
+    skin = _mix(_rgb(255, 222, 196), _rgb(126, 80, 54), a["skin"])
     hair = _mix(_rgb(22, 17, 14), _rgb(236, 202, 120), a["hair_light"])
     hair = _mix(hair, _rgb(190, 62, 18), 0.75 * a["hair_red"])
     hair = _mix(hair, _rgb(196, 196, 200), 0.6 * a["age"].square())
     dark_skin, dark_hair = skin * 0.72, hair * 0.62
+    whiskers = hair * 0.4  # darker than any skin, so that they show on everybody
     shirt = torch.cat([c["shirt_r"], c["shirt_g"], c["shirt_b"]], 1)[:, :, None] * 0.7 + 0.15
     width = (0.62 + 0.22 * a["face_width"]) * turn
 
@@ -215,8 +216,8 @@ def _render(persons: Tensor, condition: Tensor) -> Tensor:
     face = _ellipse(u, v, 0, 0, width, 1.0)
     _paint(image, face, skin)
 
-    below = ((v - 0.54 + 0.5 * f.square()) * 22).sigmoid_()
-    _paint(image, face * below * a["beard"], hair * 0.85)
+    below = ((v - 0.5 + 0.5 * f.square()) * 22).sigmoid_()
+    _paint(image, face * below * a["beard"], whiskers)
     es = 0.75 + 0.6 * a["eye_size"]
     for side in (-1, 1):
         x = side * 0.31
@@ -228,32 +229,32 @@ def _render(persons: Tensor, condition: Tensor) -> Tensor:
         _paint(image, line * (0.8 * a["age"]), dark_skin * 0.7)
     for height in (-0.52, -0.64):
         _paint(image, _ellipse(f, v, 0, height, 0.34, 0.028) * a["age"], dark_skin * 0.7)
-    _paint(image, _ellipse(f, v, 0, 0.16, 0.07 + 0.12 * a["nose"], 0.2), dark_skin)
+    _paint(image, _ellipse(f, v, 0, 0.13, 0.07 + 0.14 * a["nose"], 0.2), dark_skin)
     bent = v + c["smile"] * f.square() * 1.6
-    moustache = _ellipse(f, v - 0.5 * f.square(), 0, 0.43, 0.32, 0.085)
-    _paint(image, moustache * a["moustache"], dark_hair)
+    moustache = _ellipse(f, v - 0.5 * f.square(), 0, 0.4, 0.38, 0.11)
+    _paint(image, moustache * a["moustache"], whiskers)
     lips = _mix(skin * _rgb(205, 140, 140) * 0.9, _rgb(215, 15, 60), a["lipstick"])
-    wide, high = 0.16 + 0.2 * a["mouth"], 0.06 + 0.05 * a["lipstick"]
-    _paint(image, _ellipse(f, bent, 0, 0.62, wide, high), lips)
-    _paint(image, _ellipse(f, bent, 0, 0.62, wide * 0.8, 0.02), lips * 0.5)
+    wide, high = 0.15 + 0.26 * a["mouth"], 0.09 + 0.04 * a["lipstick"]
+    _paint(image, _ellipse(f, bent, 0, 0.66, wide, high), lips)
+    _paint(image, _ellipse(f, bent, 0, 0.66, wide * 0.8, 0.025), lips * 0.5)
 
     top = _ellipse(u, v, 0, -0.08, width + 0.07, 1.06)
-    hairline = -0.78 + 0.38 * a["fringe"]
+    hairline = -0.8 + 0.5 * a["fringe"]
     _paint(image, top * ((hairline + 0.12 * f.square() - v) * 24).sigmoid_(), hair)
     for side in (-1, 1):
         lock = _ellipse(u, v, side * (width + 0.1), 0.42, 0.19, 0.98)
         _paint(image, lock * long, hair)
     for side in (-1, 1):
-        ring = _ellipse(u, v, side * (width + 0.03), 0.36, 0.13, 0.16)
+        ring = _ellipse(u, v, side * (width + 0.04), 0.38, 0.15, 0.19)
         _paint(image, ring * a["earrings"], _rgb(250, 205, 30))
     for side in (-1, 1):
-        rim = _ellipse(f, v, side * 0.32, -0.09, 0.29, 0.25)
-        hole = _ellipse(f, v, side * 0.32, -0.09, 0.22, 0.18)
+        rim = _ellipse(f, v, side * 0.33, -0.09, 0.33, 0.29)
+        hole = _ellipse(f, v, side * 0.33, -0.09, 0.22, 0.18)
         _paint(image, (rim - hole).clamp_min_(0) * a["glasses"], _rgb(20, 20, 26))
     _paint(image, _ellipse(f, v, 0, -0.12, 0.1, 0.05) * a["glasses"], _rgb(20, 20, 26))
-    crown = _ellipse(u, v, 0, -0.98, width + 0.05, 0.5)
+    crown = _ellipse(u, v, 0, -1.04, width + 0.05, 0.5)
     _paint(image, crown * a["hat"], _rgb(128, 40, 140))
-    _paint(image, _ellipse(u, v, 0, -0.72, width + 0.3, 0.11) * a["hat"], _rgb(92, 24, 104))
+    _paint(image, _ellipse(u, v, 0, -0.8, width + 0.3, 0.11) * a["hat"], _rgb(92, 24, 104))
 
     tilt = c["bar_angle"]
     s = (u - c["bar_x"]) * tilt.cos() + (v - c["bar_y"]) * tilt.sin()
