@@ -88,7 +88,8 @@ def train_encoder(steps: int = 400, batch: int = 32, seed: int = 1) -> Autoencod
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
         error = posterior.mean.float() - small_picture(x)
-        (error.abs().mean() + error.square().mean() + 1e-3 * posterior.kl().mean() / 3072).backward()
+        loss = error.abs().mean() + error.square().mean() + 3e-7 * posterior.kl().mean()
+        loss.backward()
         if step % 20 == 0:
             bar.set_postfix(l1=f"{error.abs().mean():.4f}")
     return vae
