@@ -61,10 +61,10 @@ def test_populated_people_look_like_themselves(world):
 def test_an_edit_changes_its_attribute(world):
     space, pipe, reader = world
     people = sample(space, 8, seed=3)
-    both = torch.cat([edit(space, people, lipstick=-3), edit(space, people, lipstick=3)])
+    both = torch.cat([edit(space, people, glasses=-3), edit(space, people, glasses=3)])
     images = generate(space, pipe, both, seeds=list(range(8)) * 2, progress=False,
                       **space.meta["generate"])  # fmt: skip
-    less, more = reader.read(images).binary[:, render.BINARY.index("lipstick")].view(2, 8).mean(1)
+    less, more = reader.read(images).binary[:, render.BINARY.index("glasses")].view(2, 8).mean(1)
     assert more - less > 0.5
 
 

@@ -33,7 +33,7 @@ ALPHA = 8.0
 FIRST_RECIPE = Recipe(
     steps=200, lr=0.01, eps=1e-4, train="AB", timesteps="early", average=0.5, seed=5
 )
-RECIPE = Recipe(steps=150, lr=0.005, eps=1e-4, train="AB", timesteps="early", average=0.5, seed=6)
+RECIPE = Recipe(steps=150, lr=0.01, eps=1e-4, train="AB", timesteps="uniform", average=0.5, seed=6)
 
 
 def persons(split: str, n: int) -> Tensor:

@@ -26,7 +26,7 @@ from . import pipeline, render
 from .reading import Reader, Reading, stack
 
 NB = len(render.BINARY)
-STRENGTHS = (2.0, 4.0, 6.0, 8.0)
+STRENGTHS = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 def prompts(n: int, seed: int) -> tuple[list[str], Tensor]:
