@@ -127,5 +127,5 @@ def merge(
     with _basis.on(weights[0]):
         merge_kernel[(tiles,)](
             outs[0], weights[0], A[0], B[0], table, len(weights), float(scale),
-            r, aligned, triton.next_power_of_2(len(weights)), _ROWS, _COLUMNS, num_warps=4,
+            r, aligned, triton.next_power_of_2(len(weights)), _ROWS, _COLUMNS, num_warps=8,
         )  # fmt: skip

@@ -8,6 +8,7 @@ as the runtime would specialise them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,43 +29,43 @@ SD15 = ((4096, 320), (1024, 640), (256, 1280))  # tokens and width of its attent
 empty = partial(torch.empty, device="meta")
 
 
-def stored(bits: int, m: int = M) -> tuple[Tensor, Tensor | None]:
+def stored(bits: int) -> tuple[Tensor, Tensor | None]:
     """A basis of ``bits`` and its scales."""
     dtype = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8, 4: torch.uint8}[bits]
-    return empty(D, m if bits > 4 else m // 2, dtype=dtype), empty(D) if bits < 16 else None
+    return empty(D, M if bits > 4 else M // 2, dtype=dtype), empty(D) if bits < 16 else None
 
 
 def calls() -> Iterator[tuple[str, Any]]:
-    """(label, a call that launches) of every kernel in its variants."""
+    """(label, a call that launches) of every kernel, in the variants that real sizes meet."""
     mean, std = empty(D), empty(D)
-    for bits in (32, 16, 8, 4):
+    for bits, k in [*itertools.product((32, 16, 8, 4), (1, 16)), (16, 64), (8, 64)]:
         basis, row_scale = stored(bits)
-        for k in (1, 16, 64):
-            c, w = empty(k, M), empty(k, D, dtype=torch.bfloat16)
-            space = (basis, mean, std, row_scale)
-            yield f"{bits} bits, k {k}", partial(reconstruct.reconstruct, c, *space, w)
-            for mode in ("project", "backward"):
-                call = partial(project.contract, w, *space, mode, c)
-                yield f"{mode}, {bits} bits, k {k}", call
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for r in (1, 4, 16):
-            name = f"{str(dtype)[6:]}, r {r}"
-            t, width = SD15[0]
-            x, A, B = empty(8, t, width), empty(8, r, width), empty(8, width, r)
-            x, A, B = (tensor.to(dtype) for tensor in (x, A, B))
-            for index in (None, empty(8, dtype=torch.int64)):
-                scale = 1.0 if index is None else empty(8)
-                s = empty(8, t, r)
-                yield name, partial(adapted_linear.forward, x, x, A, B, index, scale, x)
-                needs = (True, True, True)
-                yield name, partial(adapted_linear.backward, x, x, A, B, s, index, scale, needs, x)
-            weights = [empty(width, width, dtype=dtype) for _, width in SD15]
-            As = [empty(r, width) for _, width in SD15]
-            Bs = [empty(width, r) for _, width in SD15]
-            yield name, partial(merge.merge, weights, weights, As, Bs, 1.0)
-        for amount in (1.0, empty(8)):
-            w = empty(8, D, dtype=dtype)
-            yield str(dtype)[6:], partial(edit.edit, w, empty(D), amount, w)
+        space = (basis, mean, std, row_scale)
+        c, w = empty(k, M), empty(k, D, dtype=torch.bfloat16)
+        label = f"{bits} bits, k {k}"
+        yield label, partial(reconstruct.reconstruct, c, *space, w)
+        for mode in ("project", "backward") if bits == 16 else ("project",):
+            yield f"{mode}, {label}", partial(project.contract, w, *space, mode, c)
+    for dtype, r in (
+        (torch.bfloat16, 1),
+        (torch.bfloat16, 4),
+        (torch.float16, 16),
+        (torch.float32, 1),
+        (torch.float32, 4),
+    ):
+        label = f"{str(dtype)[6:]}, r {r}"
+        t, width = SD15[0]
+        x, A, B = (empty(8, *s, dtype=dtype) for s in ((t, width), (r, width), (width, r)))
+        index, scale = (None, 1.0) if r > 1 else (empty(8, dtype=torch.int64), empty(8))
+        s, needs = empty(8, t, r), (True, True, True)
+        yield label, partial(adapted_linear.forward, x, x, A, B, index, scale, x)
+        yield label, partial(adapted_linear.backward, x, x, A, B, s, index, scale, needs, x)
+        weights = [empty(width, width, dtype=dtype) for _, width in SD15]
+        As, Bs = [empty(r, n) for _, n in SD15], [empty(n, r) for _, n in SD15]
+        yield label, partial(merge.merge, weights, weights, As, Bs, 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        w = empty(8, D, dtype=dtype)
+        yield str(dtype)[6:], partial(edit.edit, w, empty(D), empty(8), w)
 
 
 def compile_all(capability: int) -> Iterator[dict[str, Any]]:
