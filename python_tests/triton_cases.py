@@ -199,15 +199,11 @@ def check_adapted(x, base, A, B, index, scale, g):
     s = adapted_linear.forward(base, x, A, B, index, scale, out)
     dx, dA, dB, y = gradients(g, x, A, B, index, scale)
     grads = adapted_linear.backward(g, x, A, B, s, index, scale, (True, True, True))
-    pairs = {"y": (out, y + oracle.f64(base)), "s": (s, None)}
-    pairs |= {name: pair for name, pair in zip(("dx", "dA", "dB"), zip(grads, (dx, dA, dB)))}
+    wants = {"dx": dx, "dA": dA, "dB": dB, "y": y + oracle.f64(base)}
     magnitudes = gradients(*(t.abs() for t in (g, x, A, B)), index, torch.as_tensor(scale).abs())
-    magnitudes = dict(zip(("dx", "dA", "dB", "y"), magnitudes, strict=True))
-    for name, (got, want) in pairs.items():
-        if want is None:
-            continue
+    for (name, want), got, terms in zip(wants.items(), (*grads, out), magnitudes, strict=True):
         rounding = torch.finfo(got.dtype).eps / 2 * np.abs(want).max(initial=0)
-        sums = 4 * torch.finfo(torch.float32).eps * magnitudes[name].max(initial=0)
+        sums = 4 * torch.finfo(torch.float32).eps * terms.max(initial=0)
         assert_close(name, got, want, float(rounding + sums))
     return out, grads, s
 
