@@ -153,7 +153,8 @@ def blocks(shape: Shape, sums_over_d: bool = False) -> Blocks:
 
     One row keeps BLOCK_D x BLOCK_M sums in registers, 32 or 64 a thread, and loads 16 bytes a
     thread at a time. More rows share one block of the basis through the tensor cores (float32:
-    through the ordinary ones, in smaller blocks). All of it fits the registers.
+    through the ordinary ones, in smaller blocks). All of it fits the registers. The order of sums
+    follows the blocks: a row gives equal bits in every batch that has the same ones.
     """
     if shape.k == 1:
         numbers = 8192 if shape.bits == 8 else 4096
