@@ -153,17 +153,18 @@ def blocks(shape: Shape, sums_over_d: bool = False) -> Blocks:
 
     One row keeps BLOCK_D x BLOCK_M sums in registers, 32 or 64 a thread, and loads 16 bytes a
     thread at a time. More rows share one block of the basis through the tensor cores (float32:
-    through the ordinary ones, in smaller blocks). All of it fits the registers.
+    through the ordinary ones, in smaller blocks). All of it fits the registers. The order of sums
+    follows the blocks: a row gives equal bits in every batch that has the same ones.
     """
     if shape.k == 1:
         numbers = 8192 if shape.bits == 8 else 4096
         widest = 128 if sums_over_d else 256
         m = min(widest, max(16, triton.next_power_of_2(shape.m)))
         return Blocks(1, min(64, numbers // m), m, warps=4, stages=2)
-    k = min(64, max(16, triton.next_power_of_2(shape.k)))
+    k = min(32, max(16, triton.next_power_of_2(shape.k)))
     if shape.bits == 32:
-        return Blocks(min(k, 32), 16 if sums_over_d else 32, 64, warps=4, stages=3)
-    return Blocks(k, 64, 128 if k == 16 else 64, warps=4, stages=3)
+        return Blocks(k, 16 if sums_over_d else 32, 64, warps=4, stages=3)
+    return Blocks(k, 64, 128 if (k, shape.bits) == (16, 16) else 64, warps=4, stages=3)
 
 
 def splits(shape: Shape, block: Blocks) -> tuple[int, int]:

