@@ -113,20 +113,24 @@ def encode_prompts(pipe, prompts: Sequence[str]) -> Tensor:
     return states[[where[prompt] for prompt in prompts]].to(denoiser(pipe).dtype)
 
 
+def check_masks(masks: Tensor, photos: int) -> None:
+    """InputError unless masks are [photos, 1, h, w] in [0, 1] and none is empty."""
+    if masks.ndim != 4 or masks.shape[:2] != (photos, 1):
+        raise InputError(f"masks: wanted [{photos}, 1, h, w], got {list(masks.shape)}")
+    if not (torch.isfinite(masks).all() and masks.min() >= 0 and masks.max() <= 1):
+        raise InputError("masks: wanted numbers in [0, 1]")
+    if not bool((masks > 0).flatten(1).any(1).all()):
+        raise InputError("masks: a mask is empty, nothing of that photo would be used")
+
+
 def shrink_masks(masks: Tensor, latents: Tensor) -> Tensor:
     """Masks [p, 1, h, w] in [0, 1] at the size of the latents, each with mean one.
 
     With mean one a masked loss has the scale of an unmasked one, whatever the mask's area.
     """
-    if masks.ndim != 4 or masks.shape[:2] != (latents.shape[0], 1):
-        wanted = f"[{latents.shape[0]}, 1, h, w]"
-        raise InputError(f"masks: wanted {wanted}, got {tuple(masks.shape)}")
-    if not (torch.isfinite(masks).all() and masks.min() >= 0 and masks.max() <= 1):
-        raise InputError("masks: wanted numbers in [0, 1]")
+    check_masks(masks, latents.shape[0])
     small = F.interpolate(masks.float(), latents.shape[-2:], mode="area").to(latents.device)
     mean = small.mean(dim=(1, 2, 3), keepdim=True)
-    if (mean <= 0).any():
-        raise InputError("masks: a mask is empty, nothing of that photo would be used")
     return small / mean
 
 

@@ -249,3 +249,57 @@ def test_read_subjects_refuses(tmp_path, trouble):
         (root / "anna" / "1.txt").write_text("x" * 10**6)
     with pytest.raises(InputError, match="photos"):
         read_subjects(root, "sks person", SIZE)
+
+
+def head(photos: int) -> torch.Tensor:
+    mask = torch.full((photos, 1, SIZE, SIZE), 0.1)
+    mask[..., SIZE // 4 : SIZE // 2, SIZE // 4 : SIZE // 2] = 1
+    return mask
+
+
+def test_masks_say_which_pixels_count(pipe, layout, trained):
+    subjects, plain = trained
+    masked = [dataclasses.replace(s, masks=head(len(s.prompts))) for s in subjects]
+    w, _ = populate(pipe, masked, layout, recipe=RECIPE, progress=False)
+    assert (w - plain).abs().max() > 1e-3
+    even = [dataclasses.replace(s, masks=torch.ones_like(head(len(s.prompts)))) for s in subjects]
+    w, _ = populate(pipe, even, layout, recipe=RECIPE, progress=False)
+    assert (w - plain).abs().max() < 1e-4
+
+
+def test_masks_for_all_or_for_none_and_good_ones(pipe, layout, tmp_path):
+    some = [person(0), dataclasses.replace(person(1), masks=head(2))]
+    with pytest.raises(InputError, match="masks for all or for none, 'person-0' has none"):
+        populate(pipe, some, layout, tmp_path / "out", recipe=RECIPE, progress=False)
+    assert not (tmp_path / "out").exists()
+    for bad, message in (
+        (head(3), r"wanted \[2, 1, h, w\]"),
+        (2 * head(2), r"in \[0, 1\]"),
+        (0 * head(2), "empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(person(0), masks=bad)
+
+
+def test_a_job_with_other_masks_is_another_job(pipe, layout, tmp_path):
+    one = dataclasses.replace(person(0), masks=head(2))
+    populate(pipe, [one], layout, tmp_path, recipe=RECIPE, progress=False)
+    other = dataclasses.replace(one, masks=head(2).flip(2))
+    with pytest.raises(InputError, match="another photos"):
+        populate(pipe, [other], layout, tmp_path, recipe=RECIPE, progress=False)
+
+
+def test_masks_beside_photos(tmp_path):
+    (tmp_path / "anna").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "anna" / f"{name}.jpg")
+    mask = Image.new("L", (40, 30))
+    mask.paste(255, (5, 0, 20, 30))  # the left half of the centre square
+    mask.save(tmp_path / "anna" / "a.mask.png")
+    with pytest.raises(InputError, match="b.mask.png: missing"):
+        read_subjects(tmp_path, "x", 16)
+    mask.save(tmp_path / "anna" / "b.mask.png")
+    (subject,) = read_subjects(tmp_path, "x", 16)
+    assert subject.images.shape == (2, 3, 16, 16) and subject.masks.shape == (2, 1, 16, 16)
+    assert torch.equal(subject.masks[..., :8], torch.ones(2, 1, 16, 8))
+    assert not subject.masks[..., 8:].any()

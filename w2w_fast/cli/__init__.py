@@ -50,7 +50,13 @@ MAKE, USE, FILES, HELP = "Make a space", "Use a space", "Files of other tools", 
     "w2w populate photos/ population/ --base demo --train B --start first/ --batch 32",
 )
 def populate(
-    photos: Annotated[Path, typer.Argument(help="One sub-folder of photos for each person.")],
+    photos: Annotated[
+        Path,
+        typer.Argument(
+            help="One sub-folder of photos for each person; x.txt beside x.png is its prompt, "
+            "x.mask.png where the person is."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The population's folder; a second call resumes.")],
     base: opt.Base = None,
     prompt: Annotated[str, typer.Option(help="Where no .txt is beside a photo.")] = "sks person",

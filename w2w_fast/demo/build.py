@@ -33,7 +33,9 @@ ALPHA = 8.0
 FIRST_RECIPE = Recipe(
     steps=200, lr=0.01, eps=1e-4, train="AB", timesteps="early", average=0.5, seed=5
 )
-RECIPE = Recipe(steps=150, lr=0.01, eps=1e-4, train="AB", timesteps="uniform", average=0.5, seed=6)
+RECIPE = Recipe(steps=300, lr=0.005, eps=1e-4, train="AB", timesteps="uniform", average=0.5, seed=6)
+BACKGROUND = 0.15
+"""How much a pixel outside the head counts in the loss of the population, against 1 inside."""
 
 
 def persons(split: str, n: int) -> Tensor:
@@ -42,7 +44,7 @@ def persons(split: str, n: int) -> Tensor:
     return render.people(n, torch.Generator().manual_seed(seed))
 
 
-def subjects(people: Tensor, prefix: str) -> list[Subject]:
+def subjects(people: Tensor, prefix: str, masked: bool = True) -> list[Subject]:
     """Photographs of everybody under the same `PHOTOS` conditions, each with its own caption.
 
     One set of conditions for all is part of the common random numbers: what differs between two
@@ -50,14 +52,12 @@ def subjects(people: Tensor, prefix: str) -> list[Subject]:
     """
     conditions = render.conditions(PHOTOS, torch.Generator().manual_seed(13))
     captions = tuple(render.caption(condition) for condition in conditions)
-    return [
-        Subject(
-            f"{prefix}-{i:04d}",
-            render.render(person.expand(PHOTOS, -1), conditions),
-            captions,
-        )
-        for i, person in enumerate(people)
-    ]
+    result = []
+    for i, person in enumerate(people):
+        photos = person.expand(PHOTOS, -1), conditions
+        masks = BACKGROUND + (1 - BACKGROUND) * render.face_mask(*photos) if masked else None
+        result.append(Subject(f"{prefix}-{i:04d}", render.render(*photos), captions, masks))
+    return result
 
 
 def write_labels(path: Path, people: Tensor, prefix: str) -> None:
@@ -88,7 +88,7 @@ def build(out: Path) -> None:
         reading.train_reader(out / "reader.safetensors")
     pipe = load_for_training(out)
     layout = Layout.discover(pipe.unet, alpha=ALPHA)
-    first = subjects(persons("first", FIRST), "first")
+    first = subjects(persons("first", FIRST), "first", masked=False)
     w, _ = populate(pipe, first, layout, out / "first", recipe=FIRST_RECIPE)
     start = w.mean(0)
     write_tensors(out / "start.safetensors", {"w": start})
