@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from w2w_fast import demo
-from w2w_fast.demo import render
+from w2w_fast.demo import figures, render
 from w2w_fast.demo.build import persons
 from w2w_fast.demo.score import held_out_photos, prompts
 from w2w_fast.files import check_manifest
@@ -83,3 +83,11 @@ def test_needs_no_network_and_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "WORLD", Path(tmp_path))
     with pytest.raises(demo.InputError, match="demo.build"):
         demo.space()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/world.md"])
+def test_documents_quote_the_world_that_ships(name):
+    text = (Path(__file__).parents[2] / name).read_text()
+    assert "<!-- /" in text and figures.update(text) == text, (
+        f"python -m w2w_fast.demo.figures {name}"
+    )

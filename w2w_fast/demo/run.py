@@ -24,7 +24,7 @@ from ..verbs.generate import generate
 from ..verbs.invert import invert
 from ..verbs.populate import photo_tensor
 from ..verbs.sample import sample
-from . import WORLD, pipeline, reader, render, space
+from . import WORLD, figures, pipeline, reader, render, space
 from .score import held_out_photos
 
 SLIDERS = ("glasses", "hat", "skin", "long_hair")
@@ -199,27 +199,9 @@ def _figures() -> str:
     path = WORLD / "score.json"
     if not path.exists():
         return ""
-    score = json.loads(path.read_text())
-    populated, edits = score["populated"], score["edits"]
-    w2w, rival = score["inversion"]["w2w"], score["inversion"]["one_photo_adapter"]
-    sampled = score["sampled"]
-    others = edits["others_changed"]
-    rows = [
-        ("populated people: binary attributes right", populated["attributes_right"], ">= 90%"),
-        ("... found among all, 8 images averaged (top 1)", populated["retrieval_top1"], ">= 60%"),
-        ("edits: sliders that flip their target in 90%", edits["reached"] / 8, ""),
-        ("... other attributes changed there", others, "<= 15%"),
-        ("... still a face", edits["face"], ""),
-        ("one photo, held-out people: attributes right", w2w["attributes_right"], ">= 85%"),
-        ("... prompt followed", w2w["prompt_followed"], ">= 90%"),
-        ("... both together", w2w["both"], "> the next"),
-        ("... both, one-photo adapter without the space", rival["both"], ""),
-        ("sampled people: valid faces", sampled["face"], ">= 95%"),
-        ("... nearest picture is of the same person", sampled["nearest_is_same_person"], ""),
-    ]  # fmt: skip
     body = "".join(
-        f"<tr><td>{name}</td><td>{'-' if value is None else f'{value:.1%}'}</td><td>{bar}</td></tr>"
-        for name, value, bar in rows
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in figures.rows(json.loads(path.read_text()))
     )
     return _section(
         "How good is this world?",

@@ -244,6 +244,7 @@ def score(world: Path) -> dict:
     training_pipe = load_for_training(world)
     people = persons("population", PEOPLE)
     return {
+        "people": PEOPLE,
         "reader": score_reader(reader),
         "populated": score_populated(space, pipe, reader, people),
         "edits": score_edits(space, pipe, reader, people),
