@@ -26,7 +26,7 @@ META = {
     "base": "w2w_fast demo world",
     "prompt": "sks person",
     "generate": {"steps": 16, "guidance": 3.0, "identity_guidance": True},
-    "invert": {"steps": 200, "lr": 0.05, "prior": 0.01, "timesteps": "uniform", "average": 0.5},
+    "invert": {"steps": 400, "lr": 0.05, "prior": 0.003, "timesteps": "uniform", "average": 0.5},
 }
 """Recorded in the space: what `generate` and `invert` use unless told otherwise."""
 ALPHA = 8.0

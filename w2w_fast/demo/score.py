@@ -133,7 +133,7 @@ def held_out_photos(n: int, seed: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     return people, render.render(people, conditions), render.face_mask(people, conditions)
 
 
-def score_inversion(space, pipe, reader, training_pipe, n: int = 24, images: int = 3) -> dict:
+def score_inversion(space, pipe, reader, training_pipe, n: int = 64, images: int = 3) -> dict:
     """One photo of a held-out person, then new poses and prompts; the rival has no space.
 
     The rival is a one-photo adapter with the same number of steps, from the start that PEFT gives.
