@@ -1,42 +1,29 @@
-// reconstruct: w = mean + std * (c V^T), for k identities in one pass over the basis V.
+// reconstruct: w = mean + (std * row_scale) * (c V^T), for k identities in one pass over V.
 //
-//   c [k, m] f32    V [d, m] f32 or bf16    mean, std [d] f32    w [k, d] f32 or bf16
-//
-// Nothing here knows Python or torch: raw pointers, sizes, and strides counted in elements.
-// Rows are contiguous; ldc, ldb and ldo are the distances between rows of c, V and w.
+// Nothing here knows Python or torch: raw pointers, sizes, and strides counted in elements. Rows
+// are contiguous. Sums are f32; each result is rounded once, to nearest even.
 #pragma once
 
-#include <cstdint>
-#include <string>
-#include <vector>
+#include "basis.h"
 
 namespace w2w {
 
-enum class Dtype : int { f32 = 0, bf16 = 1 };
-
 struct ReconstructParams {
-    const float* c;
-    std::int64_t k, m, ldc;
-    const void* basis;
-    Dtype basis_dtype;
-    std::int64_t d, ldb;
-    const float* mean;
-    const float* std;
-    void* out;
+    Basis basis;
+    const float* c;  // [k, m]
+    std::int64_t k, c_stride;
+    void* out;  // [k, d]: f32, bf16 or f16
     Dtype out_dtype;
-    std::int64_t ldo;
+    std::int64_t out_stride;
 };
 
 namespace cpu {
-
-// Sums in f32; rounds once to out_dtype. The result does not depend on `threads`.
+// The result depends neither on `threads` nor on what else is in the batch.
 void reconstruct(const ReconstructParams& p, int threads);
-
-// Instruction sets, best first: what was built, what this machine can run, what is in use.
-std::vector<std::string> compiled_isas();
-std::vector<std::string> supported_isas();
-std::string isa();
-void set_isa(const std::string& name);  // throws std::invalid_argument; for tests
-
 }  // namespace cpu
+
+namespace cuda {
+void reconstruct(const ReconstructParams& p, void* stream);
+}  // namespace cuda
+
 }  // namespace w2w
