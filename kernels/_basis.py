@@ -8,19 +8,16 @@ sizes are pure functions of the shape, so that equal calls run equal code and gi
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import InputError
-
 # The interpreter (TRITON_INTERPRET=1) keeps bfloat16 as bare bits: it can neither multiply them
 # nor round to them. It does both in float32 below; nothing else differs from the GPU.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 _PROGRAMS = 1024  # of a contraction: about two waves on the largest GPUs, few partial sums
 
@@ -174,48 +171,9 @@ def splits(shape: Shape, block: Blocks) -> tuple[int, int]:
     return max(1, triton.cdiv(shape.d, rows)), rows
 
 
-def basis_shape(op: str, k: int, basis: Tensor, columns: int, row_scale: Tensor | None) -> Shape:
-    """The Shape of a call; InputError where the stored basis does not fit it."""
-    wanted = "float32, bfloat16, int8 or uint8 (two numbers of 4 bits)"
-    require(op, "basis", basis.dtype in BITS, wanted, basis.dtype)
-    bits = BITS[basis.dtype]
-    stored = triton.cdiv(columns, 2) if bits == 4 else columns
-    require(op, "basis", basis.shape[1] == stored, f"{stored} columns", basis.shape[1])
-    require(op, "row_scale", bits >= 16 or row_scale is not None, "a scale a row", "None")
-    return Shape(k, basis.shape[0], columns, bits)
-
-
-def require(op: str, name: str, good: bool, wanted: Any, got: Any) -> None:
-    """InputError with the argument's name, what was wanted and what came, unless good."""
-    if not good:
-        raise InputError(f"{op} (triton): {name}: wanted {wanted}, got {got}")
-
-
-def require_out(op: str, out: Tensor, shape: tuple[int, ...], dtypes: tuple = FLOATS) -> None:
-    """InputError unless out is ``shape`` of one of ``dtypes`` with contiguous rows of its own."""
-    good = tuple(out.shape) == shape and out.dtype in dtypes
-    names = " | ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    require(op, "out", good, f"{list(shape)} of {names}", f"{list(out.shape)} of {out.dtype}")
-    good = out.numel() == 0 or (contiguous_rows(out) and 0 not in _strides(out))
-    require(op, "out", good, "contiguous rows, none repeated", f"strides {out.stride()}")
-
-
-def _strides(t: Tensor) -> list[int]:
-    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
-
-
-def contiguous_rows(t: Tensor) -> bool:
-    return t.shape[-1] <= 1 or t.stride(-1) == 1
-
-
-def rows(t: Tensor) -> Tensor:
-    """t itself where its last dimension is contiguous (any other strides, 0 too), else a copy."""
-    return t if contiguous_rows(t) else t.contiguous()
-
-
-def vector(t: Tensor | None) -> Tensor | None:
-    """A constant of the space as contiguous float32."""
-    return t if t is None else t.to(torch.float32).contiguous()
+def basis_shape(k: int, basis: Tensor, m: int) -> Shape:
+    """The Shape of a call with a stored basis of m columns."""
+    return Shape(k, basis.shape[0], m, BITS[basis.dtype])
 
 
 def on(t: Tensor) -> AbstractContextManager:

@@ -157,80 +157,22 @@ def gather_kernel(
     tl.store(p_outs, rounded(b_acc, p_out.dtype.element_ty), b_es < n * R)
 
 
-def forward(
+def low_rank(
     base: Tensor | None,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
+    down: Tensor,
+    up: Tensor,
     index: Tensor | None,
     scale: float | Tensor,
-    out: Tensor,
-) -> Tensor:
-    """base ``[b, t, out]`` (x W^T + bias, or None), x ``[b, t, in]`` -> s ``[b, t, r]`` float32.
-
-    A ``[a, r, in]``, B ``[a, out, r]``, rank 1 to 16, a's row for each sample by index ``[b]``
-    (int64; None: a = b, or one for all); scale a float or ``[b]``. Writes base + scale s B^T
-    into out ``[b, t, out]``, which may be base; sums in float32 and rounds once. Floats of 16 or
-    32 bits. An index outside A is not seen here: checking it would wait for the GPU. InputError
-    for what does not fit.
-    """
-    _check("adapted_linear", x, A, B, index, scale)
-    _basis.require_out("adapted_linear", out, (*x.shape[:2], B.shape[1]))
-    _check_base(base, tuple(out.shape))
-    s = x.new_empty(*x.shape[:2], A.shape[1], dtype=torch.float32)
-    A, B = A.contiguous(), B.contiguous()
-    _low_rank(base, x, A, A.stride(), B, B.stride(), index, scale, out, s)
-    return s
-
-
-def backward(
-    g: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
+    out: Tensor | None,
     s: Tensor,
-    index: Tensor | None,
-    scale: float | Tensor,
-    needs: tuple[bool, bool, bool],
-    base: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """g ``[b, t, out]``, forward's arguments and its s -> (dx, dA, dB), None where not needed.
+) -> None:
+    """s = x down^T and out = base + scale s up^T, as ``ops/_native.py`` says of every backend.
 
-    base ``[b, t, in]`` (g W) is added to dx in float32; without it dx is the low-rank part alone.
-    dx has x's dtype, dA A's, dB B's. Equal calls give equal bits.
+    x ``[b, t, in]``, down ``[a, r, in]`` and up ``[a, n, r]`` of any strides; out may be base.
     """
-    _check("adapted_linear", x, A, B, index, scale)
-    wanted = (*x.shape[:2], B.shape[1])
-    _basis.require("adapted_linear", "g", g.shape == wanted, list(wanted), list(g.shape))
-    wanted = (*x.shape[:2], A.shape[1])
-    good = s.shape == wanted and s.dtype == torch.float32 and s.is_contiguous()
-    got = f"{list(s.shape)} of {s.dtype}, strides {s.stride()}"
-    _basis.require("adapted_linear", "s", good, f"contiguous {list(wanted)} of float32", got)
-    _check_base(base, tuple(x.shape))
-    A, B = A.contiguous(), B.contiguous()
-    dx = dA = dB = None
-    if needs[0] or needs[1]:
-        dx = x.new_empty(x.shape) if needs[0] else None
-        u = torch.empty_like(s)
-        by_rows, by_columns = B.mT.stride(), A.mT.stride()
-        _low_rank(base, g, B, by_rows, A, by_columns, index, scale, dx, u)
-    if needs[1]:
-        dA = torch.empty_like(A)
-        _outer(u, x, index, scale, dA, dA.stride())
-    if needs[2]:
-        dB = torch.empty_like(B)
-        _outer(s, g, index, scale, dB, dB.mT.stride())
-    return dx, dA, dB
-
-
-def _low_rank(base, x, down, down_strides, up, up_strides, index, scale, out, s) -> None:  # noqa: ANN001
-    """s = x down^T and out = base + scale s up^T; down's strides are [a, r, in], up's [a, n, r]."""
     (b, t, n_in), r = x.shape, s.shape[2]
     n_out = 0 if out is None else out.shape[2]
-    if not s.numel():
-        return
-    x = _basis.rows(x)
-    base = base if base is None else _basis.rows(base)
     block_t, block_i, block_n = (16, 256, 128) if r == 1 else (32, 64, 64)
     programs = b * triton.cdiv(t, block_t)
     columns = triton.cdiv(triton.cdiv(n_out, triton.cdiv(_PROGRAMS, programs)), block_n) * block_n
@@ -241,20 +183,19 @@ def _low_rank(base, x, down, down_strides, up, up_strides, index, scale, out, s)
             base, x, down, up, index, numbers, number, out, s,
             t, n_in, n_out, columns,
             *((0, 0) if base is None else base.stride()[:2]), *x.stride()[:2],
-            *((0, 0) if out is None else out.stride()[:2]), *down_strides, *up_strides,
+            *((0, 0) if out is None else out.stride()[:2]), *down.stride(), *up.stride(),
             down.shape[0] == 1, r, 1 if r == 1 else 16, block_t, block_i, block_n, num_warps=4,
         )  # fmt: skip
 
 
-def _outer(coefficient, feature, index, scale, out, out_strides) -> None:  # noqa: ANN001
-    """out[a] = the sum over a's samples of scale coefficient^T feature; out's strides [a, r, n]."""
-    (b, t, n), r, a = feature.shape, coefficient.shape[2], out.shape[0]
-    if not out.numel():
-        return
-    if not b * t:
-        out.zero_()
-        return
-    feature = _basis.rows(feature)
+def outer(
+    coefficient: Tensor, feature: Tensor, index: Tensor | None, scale: float | Tensor, out: Tensor
+) -> None:
+    """out ``[a, r, n]``, any strides = each adapter's sum of scale coefficient^T feature.
+
+    coefficient ``[b, t, r]`` float32, feature ``[b, t, n]``. Equal calls give equal bits.
+    """
+    (b, t, n), (a, r, _) = feature.shape, out.shape
     parts = triton.cdiv(t, _TOKENS_A_PART)
     sums = feature.new_empty(b, parts, r, n, dtype=torch.float32)
     block_r, block_t, block_n = (1, 32, 128) if r == 1 else (16, 32, 64)
@@ -265,34 +206,6 @@ def _outer(coefficient, feature, index, scale, out, out_strides) -> None:  # noq
             r, block_r, block_t, block_n, num_warps=4,
         )  # fmt: skip
         gather_kernel[(triton.cdiv(r * n, 256), a)](
-            sums, index, numbers, number, out, b, parts, n, *out_strides,
+            sums, index, numbers, number, out, b, parts, n, *out.stride(),
             a == 1, r, min(16, triton.next_power_of_2(parts)), 256, num_warps=4,
         )  # fmt: skip
-
-
-def _check_base(base: Tensor | None, wanted: tuple[int, ...]) -> None:
-    good = base is None or (base.shape == wanted and base.dtype in _basis.FLOATS)
-    got = None if base is None else f"{list(base.shape)} of {base.dtype}"
-    _basis.require("adapted_linear", "base", good, f"{list(wanted)} of 16 or 32 bits", got)
-
-
-def _check(
-    op: str, x: Tensor, A: Tensor, B: Tensor, index: Tensor | None, scale: float | Tensor
-) -> None:
-    samples, (a, r, n_in) = x.shape[0], A.shape
-    _basis.require(op, "A", 1 <= r <= 16, "rank 1 to 16", f"rank {r}")
-    _basis.require(op, "A", n_in == x.shape[2], f"[a, r, {x.shape[2]}]", list(A.shape))
-    good = (B.shape[0], B.shape[2]) == (a, r)
-    _basis.require(op, "B", good, f"[{a}, out, {r}]", list(B.shape))
-    for name, t in {"x": x, "A": A, "B": B}.items():
-        _basis.require(op, name, t.dtype in _basis.FLOATS, "floats of 16 or 32 bits", t.dtype)
-    if index is None:
-        _basis.require(op, "A", a in (1, samples), f"1 or {samples} adapters", a)
-    else:
-        good = index.dtype == torch.int64 and index.shape == (samples,) and index.is_contiguous()
-        got = f"{list(index.shape)} of {index.dtype}, strides {index.stride()}"
-        _basis.require(op, "index", good, f"contiguous [{samples}] of int64", got)
-    if isinstance(scale, Tensor):
-        good = scale.shape == (samples,) and scale.is_contiguous()
-        got = f"{list(scale.shape)}, strides {scale.stride()}"
-        _basis.require(op, "scale", good, f"a number or contiguous [{samples}]", got)

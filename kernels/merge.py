@@ -7,10 +7,6 @@ views of one flat adapter) find their table already there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +14,7 @@ from torch import Tensor
 from . import _basis
 from ._basis import rounded
 
-_ROWS, _COLUMNS = 64, 64
+TILE = 64  # kMergeTile of csrc/merge.h, which the table counts in
 
 
 @triton.jit
@@ -64,68 +60,22 @@ def merge_kernel(
     tl.store(p_out + offsets, rounded(b_weight + scale * b_sum, p_outs.dtype.element_ty), mask)
 
 
-@lru_cache(maxsize=64)
-def _table(key: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, int]:
-    """(rows of a module's 4 distances, out, in, first tile, 0; the number of tiles)."""
-    table, tiles = [], 0
-    for *distances, n_out, n_in in key:
-        table.append([*distances, n_out, n_in, tiles, 0])
-        tiles += triton.cdiv(n_out, _ROWS) * triton.cdiv(n_in, _COLUMNS)
-    return torch.tensor(table, dtype=torch.int64, device=device), tiles
-
-
 def merge(
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
+    first: tuple[Tensor, Tensor, Tensor, Tensor],
+    table: Tensor,
+    tiles: int,
+    rank: int,
     scale: float,
+    aligned: bool,
 ) -> None:
-    """weights ``[out, in]``, A ``[r, in]``, B ``[out, r]``, one of each a module -> outs.
+    """W' of every module of table, as ``ops/_native.py`` says of every backend.
 
-    All contiguous; outs and weights of one dtype, A and B of one, the same r: floats of 16 or 32
-    bits. Sums in float32, rounds once. outs are not weights: these stay pristine. The first call
-    with a layout copies a small table to the device: make it before capturing a CUDA graph.
-    InputError for what does not fit.
+    first: the first module's (out, weight, A, B); aligned: every weight lies at a multiple of 16
+    bytes and has a multiple of 8 columns. Sums in float32, rounds once.
     """
-    lists = {"outs": outs, "weights": weights, "A": A, "B": B}
-    for name, tensors in lists.items():
-        _basis.require(
-            "merge", name, len(tensors) == len(weights), f"{len(weights)} tensors", len(tensors)
-        )
-    if not weights:
-        return
-    r = A[0].shape[0]
-    for i, (out, weight, a, b) in enumerate(zip(outs, weights, A, B, strict=True)):
-        n_out, n_in = weight.shape
-        for name, t, like, shape in (
-            ("outs", out, weights[0], (n_out, n_in)),
-            ("weights", weight, weights[0], (n_out, n_in)),
-            ("A", a, A[0], (r, n_in)),
-            ("B", b, A[0], (n_out, r)),
-        ):
-            good = t.shape == shape and t.dtype == like.dtype and t.is_contiguous()
-            good = good and t.dtype in _basis.FLOATS and t.device == weights[0].device
-            wanted = f"contiguous {list(shape)} of {like.dtype} on {weights[0].device}"
-            got = f"{list(t.shape)} of {t.dtype} on {t.device}, strides {t.stride()}"
-            _basis.require("merge", f"{name}[{i}]", good, wanted, got)
-        same = out.data_ptr() == weight.data_ptr() and weight.numel() and not weight.is_meta
-        _basis.require("merge", f"outs[{i}]", not same, "other memory than weight's", "the same")
-
-    firsts = [tensors[0].data_ptr() for tensors in lists.values()]
-    key = tuple(
-        (*(t.data_ptr() - first for t, first in zip(module, firsts, strict=True)), *module[1].shape)
-        for module in zip(*lists.values(), strict=True)
-    )
-    table, tiles = _table(key, weights[0].device)
-    if not tiles:
-        return
-    aligned = all(
-        weight.shape[1] % 8 == 0 and out.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-        for out, weight in zip(outs, weights, strict=True)
-    )
-    with _basis.on(weights[0]):
+    modules = table.shape[0]
+    with _basis.on(first[1]):
         merge_kernel[(tiles,)](
-            outs[0], weights[0], A[0], B[0], table, len(weights), float(scale),
-            r, aligned, triton.next_power_of_2(len(weights)), _ROWS, _COLUMNS, num_warps=8,
+            *first, table, modules, float(scale),
+            rank, aligned, triton.next_power_of_2(modules), TILE, TILE, num_warps=8,
         )  # fmt: skip

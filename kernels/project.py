@@ -9,9 +9,6 @@ No atomics: equal inputs give equal bits.
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,10 +18,10 @@ from ._basis import dot, load_basis, sum_parts_kernel
 
 
 @triton.jit
-def contract_kernel(
+def project_kernel(
     p_source, p_basis, p_mean, p_std, p_row_scale, p_parts,
     k, d, m, rows, stride_source, stride_basis,
-    PROJECT: tl.constexpr,
+    DIVIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A program: ``rows`` rows of d for BLOCK_M columns -> parts [part, k, m]."""
@@ -44,10 +41,11 @@ def contract_kernel(
         p_sources = p_source + b_ks[None, :] * stride_source + b_rows[:, None]
         b_z = tl.load(p_sources, mask, other=0.0).to(tl.float32)  # [BLOCK_D, BLOCK_K]
         b_std = tl.load(p_std + b_rows, inside, other=1.0)[:, None]  # [BLOCK_D, 1]
-        if PROJECT:
+        if DIVIDE:
             # x / inf is 0 for every finite x, and NaN or inf in a fixed coordinate shows as NaN.
             b_std = tl.where(b_std == 0.0, float("inf"), b_std)
-            b_z -= tl.load(p_mean + b_rows, inside, other=0.0)[:, None]
+            if p_mean is not None:
+                b_z -= tl.load(p_mean + b_rows, inside, other=0.0)[:, None]
             b_z = tl.div_rn(b_z, tl.broadcast_to(b_std, b_z.shape))
         else:
             b_z *= b_std
@@ -65,41 +63,31 @@ def contract_kernel(
     tl.store(p_cs, b_c, (b_cols < m)[:, None] & (b_ks < k)[None, :])
 
 
-def contract(
+def project(
     source: Tensor,
     basis: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     std: Tensor,
     row_scale: Tensor | None,
-    mode: Literal["project", "backward"],
+    divide: bool,
     out: Tensor,
 ) -> None:
-    """source ``[k, d]``, stored basis, mean, std, row_scale ``[d]`` -> out ``[k, m]``.
+    """source ``[k, d]``, stored basis, mean, std, row_scale ``[d]`` -> out ``[k, m]`` float32.
 
-    source is w ("project") or dL/dw ("backward") in float32, bfloat16 or float16; the basis as
-    ``reconstruct`` takes it, row_scale a factor of its rows; mean is not read by "backward"; out
-    is contiguous float32. InputError for a mode, an out or a basis that does not fit.
+    As ``ops/_native.py`` says of every backend. source is w (divide) or dL/dw.
     """
-    _basis.require("contract", "mode", mode in ("project", "backward"), "project or backward", mode)
-    shape = _basis.basis_shape("contract", source.shape[0], basis, out.shape[1], row_scale)
-    _basis.require_out("contract", out, (shape.k, shape.m), (torch.float32,))
-    _basis.require("contract", "out", out.is_contiguous(), "contiguous memory", out.stride())
-    if not out.numel():
-        return
+    shape = _basis.basis_shape(source.shape[0], basis, out.shape[1])
     if not shape.d:
         out.zero_()
         return
     block = _basis.blocks(shape, sums_over_d=True)
     parts, rows = _basis.splits(shape, block)
     sums = out if parts == 1 else out.new_empty(parts, shape.k, shape.m)
-    source, basis = _basis.rows(source), _basis.rows(basis)
     grid = (parts * triton.cdiv(shape.m, block.m) * triton.cdiv(shape.k, block.k),)
     with _basis.on(out):
-        contract_kernel[grid](
-            source, basis,
-            _basis.vector(mean), _basis.vector(std), _basis.vector(row_scale), sums,
-            shape.k, shape.d, shape.m, rows, source.stride(0), basis.stride(0),
-            mode == "project",
+        project_kernel[grid](
+            source, basis, mean, std, row_scale, sums,
+            shape.k, shape.d, shape.m, rows, source.stride(0), basis.stride(0), divide,
             block.k, block.d, block.m, num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
         if parts > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,31 +43,32 @@ def reconstruct_kernel(
     b_gain = tl.load(p_std + b_rows, inside)  # [BLOCK_D]
     if p_row_scale is not None:
         b_gain *= tl.load(p_row_scale + b_rows, inside)
-    b_w = tl.load(p_mean + b_rows, inside)[:, None] + b_gain[:, None] * b_w
+    b_w *= b_gain[:, None]
+    if p_mean is not None:
+        b_w += tl.load(p_mean + b_rows, inside)[:, None]
     p_outs = p_out + b_ks[None, :] * stride_out + b_rows[:, None]  # [BLOCK_D, BLOCK_K]
     mask = inside[:, None] & (b_ks < k)[None, :]
     tl.store(p_outs, rounded(b_w, p_out.dtype.element_ty), mask)
 
 
 def reconstruct(
-    c: Tensor, basis: Tensor, mean: Tensor, std: Tensor, row_scale: Tensor | None, out: Tensor
+    c: Tensor,
+    basis: Tensor,
+    mean: Tensor | None,
+    std: Tensor,
+    row_scale: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """c ``[k, m]`` float32, stored basis, mean, std, row_scale ``[d]`` -> out ``[k, d]``.
+    """c ``[k, m]``, stored basis, mean, std, row_scale ``[d]`` -> out ``[k, d]``.
 
-    basis: float32, bfloat16 or int8 ``[d, m]``, or uint8 ``[d, ceil(m / 2)]`` holding two numbers
-    of 4 bits (low first, minus 8); the last two need row_scale. Sums in float32, rounds once to
-    out's float32, bfloat16 or float16. InputError for an out or a basis that does not fit.
+    As ``ops/_native.py`` says of every backend. Sums in float32, rounds once.
     """
-    shape = _basis.basis_shape("reconstruct", c.shape[0], basis, c.shape[1], row_scale)
-    _basis.require_out("reconstruct", out, (shape.k, shape.d))
-    if not out.numel():
-        return
+    shape = _basis.basis_shape(c.shape[0], basis, c.shape[1])
     block = _basis.blocks(shape)
-    c, basis = _basis.rows(c.to(torch.float32)), _basis.rows(basis)
     grid = (triton.cdiv(shape.d, block.d) * triton.cdiv(shape.k, block.k),)
     with _basis.on(out):
         reconstruct_kernel[grid](
-            c, basis, _basis.vector(mean), _basis.vector(std), _basis.vector(row_scale), out,
+            c, basis, mean, std, row_scale, out,
             shape.k, shape.d, shape.m, c.stride(0), basis.stride(0), out.stride(0),
             block.k, block.d, block.m, num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

@@ -223,6 +223,54 @@ def test_to_changes_the_basis_only(space):
     assert torch.equal(wide.basis.bfloat16(), space.basis) and space.to("cpu").n == 40
 
 
+@pytest.mark.parametrize(("kind", "worst"), [("int8", 0.01), ("int4", 0.15)])
+def test_quantized_spaces(space, tmp_path, kind, worst):
+    small = space.quantize(kind)
+    assert small.quantized and small.basis.dtype == {"int8": torch.int8, "int4": torch.uint8}[kind]
+    assert small.m == space.m and small.d == space.d
+    # The error that is kept is the one that is made.
+    c = space.coefficients
+    exact, got = space.reconstruct(c), small.reconstruct(c)
+    error = (got - exact).square().mean().sqrt() / (exact - space.mean).square().mean().sqrt()
+    report = small.meta["quantized"]
+    assert report["kind"] == kind and abs(report["relative_error"] - float(error)) < 1e-6
+    assert 0 < error < worst and "quantized" not in space.meta
+    # No step of a row is wider than its scale allows, and 8 bits miss by half a step at most.
+    numbers = small.reconstruct(torch.eye(space.m)) - space.mean
+    want = space.reconstruct(torch.eye(space.m)) - space.mean
+    if kind == "int8":
+        bound = (space.std * small.row_scale / 2 * 1.01 + 1e-7).expand_as(numbers)
+        assert bool(((numbers - want).abs() <= bound).all())
+    small.save(tmp_path / "small")
+    back = WeightSpace.load(tmp_path / "small")
+    assert torch.equal(back.basis, small.basis) and torch.equal(back.row_scale, small.row_scale)
+    assert torch.equal(back.reconstruct(c), got) and back.meta == small.meta
+    cut = back.cut(3)
+    assert cut.m == 3 and torch.equal(cut.row_scale, small.row_scale)
+    first = torch.nn.functional.pad(c[:, :3], (0, space.m - 3))
+    assert_close("cut", cut.reconstruct(c[:, :3]), small.reconstruct(first), 1e-6)
+    with pytest.raises(InputError, match="the basis is quantised"):
+        small.to(dtype=torch.float32)
+    with pytest.raises(InputError, match="quantize: wanted int8 or int4 of a space of floats"):
+        small.quantize("int8")
+    with pytest.raises(InputError, match="quantize: wanted int8 or int4"):
+        space.quantize("int2")
+
+
+def test_an_odd_number_of_components_in_4_bits(space):
+    odd = space.cut(5).quantize("int4")
+    assert odd.basis.shape == (50, 3) and odd.m == 5 and odd.cut(4).basis.shape == (50, 2)
+    w = odd.reconstruct(odd.coefficients)
+    assert odd.project(w).shape == (40, 5)
+
+
+def test_delta_is_what_an_edit_changes(space):
+    step = space.directions[0]
+    want = space.reconstruct(space.coefficients + 2 * step) - space.reconstruct(space.coefficients)
+    got = (2 * space.delta(step)).expand_as(want)
+    assert_close("delta", got, want, 1e-5 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -231,6 +279,11 @@ def test_to_changes_the_basis_only(space):
         ({"std": -torch.ones(50)}, "no negative std"),
         ({"basis": torch.zeros(49, 8)}, r"basis: wanted \[d = 50"),
         ({"basis": torch.zeros(50, 8).half()}, "basis: wanted"),
+        ({"basis": torch.full((50, 8), torch.nan)}, "basis: holds NaN or infinite"),
+        ({"mean": torch.full((50,), torch.inf)}, "mean: holds NaN or infinite"),
+        ({"basis": torch.zeros(50, 8, dtype=torch.int8)}, "row_scale: wanted it with a basis of"),
+        ({"row_scale": torch.ones(50)}, "row_scale: wanted it with a basis of integers and only"),
+        ({"basis": torch.zeros(50, 8, dtype=torch.uint8)}, r"basis: wanted \[d = 50, m = 8\]"),
         ({"coefficients": torch.zeros(39, 8)}, r"coefficients: wanted \[n = 40, m = 8\]"),
         ({"attributes": ["one"]}, r"labels: wanted \[n = 40, a = 1\]"),
         ({"coefficients": None, "mu": None}, "wanted mu"),

@@ -1,7 +1,8 @@
-"""The Triton kernels: right under the interpreter (on a GPU where there is one), and compiled.
+"""The Triton kernels: right under the interpreter, and compiled for GPUs that need not be here.
 
-Each half needs triton imported its own way, so each runs in a process of its own: the cases of
-triton_cases.py, and triton_compile.py for GPUs that need not be present.
+Each half needs triton imported its own way, so each runs in a process of its own: the tests of
+ops/ that take a backend, and triton_compile.py. On a machine with a GPU the tests of ops/ run on
+it without this file.
 """
 
 from __future__ import annotations
@@ -33,20 +34,11 @@ def run(*args: str, interpret: bool) -> str:
     return done.stdout
 
 
-def cases(interpret: bool) -> None:
-    """Run triton_cases.py; some of it must have run."""
-    file = str(HERE / "triton_cases.py")
-    text = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, interpret=interpret)
+def test_interpreted_kernels_equal_oracle(monkeypatch):
+    monkeypatch.setenv("W2W_TEST_BACKENDS", "triton")
+    select = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton"]
+    text = run(*select, str(HERE / "ops"), interpret=True)
     assert " passed" in text and "skipped" not in text, text[-2000:]
-
-
-def test_interpreted_kernels_equal_oracle():
-    cases(interpret=True)
-
-
-@pytest.mark.gpu
-def test_kernels_equal_oracle_on_the_gpu():
-    cases(interpret=False)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -44,8 +44,8 @@ def calls() -> Iterator[tuple[str, Any]]:
         c, w = empty(k, M), empty(k, D, dtype=torch.bfloat16)
         label = f"{bits} bits, k {k}"
         yield label, partial(reconstruct.reconstruct, c, *space, w)
-        for mode in ("project", "backward") if bits == 16 else ("project",):
-            yield f"{mode}, {label}", partial(project.contract, w, *space, mode, c)
+        for divide in (True, False) if bits == 16 else (True,):
+            yield f"divide {divide}, {label}", partial(project.project, w, *space, divide, c)
     for dtype, r in (
         (torch.bfloat16, 1),
         (torch.bfloat16, 4),
@@ -57,12 +57,15 @@ def calls() -> Iterator[tuple[str, Any]]:
         t, width = SD15[0]
         x, A, B = (empty(8, *s, dtype=dtype) for s in ((t, width), (r, width), (width, r)))
         index, scale = (None, 1.0) if r > 1 else (empty(8, dtype=torch.int64), empty(8))
-        s, needs = empty(8, t, r), (True, True, True)
-        yield label, partial(adapted_linear.forward, x, x, A, B, index, scale, x)
-        yield label, partial(adapted_linear.backward, x, x, A, B, s, index, scale, needs, x)
-        weights = [empty(width, width, dtype=dtype) for _, width in SD15]
-        As, Bs = [empty(r, n) for _, n in SD15], [empty(n, r) for _, n in SD15]
-        yield label, partial(merge.merge, weights, weights, As, Bs, 1.0)
+        s = empty(8, t, r)
+        yield label, partial(adapted_linear.low_rank, x, x, A, B, index, scale, x, s)
+        yield label, partial(adapted_linear.low_rank, None, x, B.mT, A.mT, index, scale, x, s)
+        yield label, partial(adapted_linear.low_rank, None, x, B.mT, A.mT, index, scale, None, s)
+        yield label, partial(adapted_linear.outer, s, x, index, scale, A)
+        yield label, partial(adapted_linear.outer, s, x, index, scale, B.mT)
+        table, first = empty(64, 8, dtype=torch.int64), (x, x, empty(r, width), empty(width, r))
+        for aligned in (True, False):
+            yield label, partial(merge.merge, first, table, 1000, r, 1.0, aligned)
     for dtype in (torch.float32, torch.bfloat16):
         w = empty(8, D, dtype=dtype)
         yield str(dtype)[6:], partial(edit.edit, w, empty(D), empty(8), w)

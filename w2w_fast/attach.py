@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .layout import Layout, _some
-from .ops import merge, reconstruct
+from .ops import merge
 from .ops.adapted_linear import add_low_rank
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ class _Hook:
             self.live._called.add(self.name)
         if self.A is None:
             raise InputError("attach: no adapter set: assign live.identities or live.adapters")
-        A, B = self.live._rows(self.A, self.B, args[0].shape[0])
-        return add_low_rank(out, args[0], A, B)
+        x = args[0]
+        index, scales = self.live._rows(self.A.shape[0], x.shape[0], x.device)
+        return add_low_rank(out, x, self.A, self.B, index, scales)
 
 
 class Live:
@@ -87,6 +88,8 @@ class Live:
         self._strength: float | Tensor = 1.0
         self._identity_guidance = False
         self._images = 1
+        self._row_key: tuple = ()  # of the batch that _row_tensors are for
+        self._row_tensors: tuple[Tensor | None, Tensor | None] = (None, None)
         self._called: set[str] = set()
         self._pristine: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -228,9 +231,7 @@ class Live:
         """The source as w ``[k, d]``."""
         if not self._is_identities:
             return self._source
-        space = self.space
-        c = self._source.to(space.mean.device, torch.float32)
-        return reconstruct(c, space.basis, space.mean, space.std)
+        return self.space.reconstruct(self._source.to(self.space.mean.device, torch.float32))
 
     def _load(self) -> None:
         """Source and strength -> the hooks' buffers (in place where the shape allows), or weights.
@@ -254,12 +255,11 @@ class Live:
         self._version, self._spent = _version(source), False
         self._with_grad = torch.is_grad_enabled()
         if self.merged:
-            with torch.no_grad():
-                for name, (A, B) in self.layout.split(w[0]).items():
-                    module, pristine = self._modules[name], self._pristine[name]
-                    A, B = A.to(pristine.device), B.to(pristine.device)
-                    scale = float(strength) * self.layout.scale
-                    module.weight.copy_(merge(pristine, A, B, scale))
+            pristine = list(self._pristine.values())
+            parts = self.layout.split(w[0].detach().to(pristine[0].device)).values()
+            weights = [module.weight.detach() for module in self._modules.values()]
+            scale = float(strength) * self.layout.scale
+            merge(pristine, [A for A, _ in parts], [B for _, B in parts], scale, weights)
             return
         dtype, device = self._place
         w, self._is_B = w.to(device), self._is_B.to(device)
@@ -279,39 +279,41 @@ class Live:
         for name, (A, B) in self.layout.split(folded).items():
             self._hooks[name].A, self._hooks[name].B = A, B
 
-    def _rows(self, A: Tensor, B: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """A and B of k identities -> of every row of a batch, the first group's B zero if guided.
+    def _rows(
+        self, adapters: int, batch: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(index, scales) of a batch's rows: whose adapter each uses, and 0 where guided without.
 
-        Depends on shapes only, so that a compiled graph never sees a new value.
+        None: a row's own, or the one there is; all 1. Depends on shapes only, so that a compiled
+        graph never sees a new value.
         """
-        k, guided = A.shape[0] * self._images, self._identity_guidance
-        if A.shape[0] == 1 and not guided:
-            return A, B
-        if A.shape[0] == 1:  # k says nothing about the groups: the pipe does, or they are two
+        k, guided = adapters * self._images, self._identity_guidance
+        if adapters == 1 and not guided:
+            return None, None
+        if adapters == 1:  # k says nothing about the groups: the pipe does, or they are two
             groups = self._pipe_groups() or 2
             k = batch // groups
         else:
             groups = batch // k
         if groups not in (1, 2, 3) or batch != groups * k:
             raise InputError(
-                f"attach: a batch of {batch} rows for {A.shape[0]} identities x {self._images} "
+                f"attach: a batch of {batch} rows for {adapters} identities x {self._images} "
                 "images: wanted 1, 2 (classifier-free guidance) or 3 times as many; set "
                 "live.identities or live.images_per_identity"
             )
         if guided and groups == 1 and self.pipe is None:
             raise InputError(
                 "identity_guidance: wanted the doubled batch [unconditional, conditional] of "
-                f"classifier-free guidance, got {batch} rows for {A.shape[0]} identities; "
+                f"classifier-free guidance, got {batch} rows for {adapters} identities; "
                 "set live.identity_guidance = False"
             )
-        if A.shape[0] == 1:
-            A, B = A.expand(k, -1, -1), B.expand(k, -1, -1)
-        elif self._images > 1:
-            A, B = (t.repeat_interleave(self._images, 0) for t in (A, B))
-        if groups == 1:
-            return A, B
-        first = torch.zeros_like(B) if guided else B
-        return torch.cat([A] * groups), torch.cat([first] + [B] * (groups - 1))
+        guided = guided and groups > 1
+        key = (adapters, self._images, groups, k, guided, device)
+        if torch.compiler.is_compiling():
+            return _index_and_scales(*key)
+        if self._row_key != key:
+            self._row_key, self._row_tensors = key, _index_and_scales(*key)
+        return self._row_tensors
 
     def _pipe_groups(self) -> int | None:
         """How many groups the pipe's running call stacks; None if there is no way to know."""
@@ -430,6 +432,18 @@ def _mergeable(module: nn.Module) -> bool:
 
 def _is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def _index_and_scales(
+    adapters: int, images: int, groups: int, k: int, guided: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Index ``[batch]`` and scales ``[batch]`` of rows [group][identity][image]; see ``_rows``."""
+    index = scales = None
+    if adapters > 1 and (images > 1 or groups > 1):
+        index = torch.arange(adapters, device=device).repeat_interleave(images).repeat(groups)
+    if guided:
+        scales = (torch.arange(groups * k, device=device) >= k).to(torch.float32)
+    return index, scales
 
 
 def _version(tensor: Tensor) -> int:

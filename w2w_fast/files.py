@@ -283,7 +283,8 @@ def _check_expected(path: Path, entries: Mapping[str, tuple], expect: Expect) ->
             )
 
 
-def _finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinities."""
     # In pieces: a mask of a 2 GB basis would take another gigabyte.
     rows = max(1, (1 << 24) // max(1, tensor[:1].numel())) if tensor.ndim else 1
     pieces = tensor.split(rows) if tensor.ndim else (tensor,)
@@ -315,7 +316,7 @@ def read_tensors(
     except SafetensorError as error:
         raise InputError(f"{path}: not a valid safetensors file: {error}") from None
     for key, tensor in tensors.items():
-        if finite and tensor.is_floating_point() and not _finite(tensor):
+        if finite and tensor.is_floating_point() and not all_finite(tensor):
             raise InputError(f"{path}: {key}: holds NaN or infinite numbers")
     if not mmap:
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import ops
 from .errors import InputError
 from .files import (
+    all_finite,
     atomic_dir,
     check_manifest,
     read_json,
@@ -33,15 +34,18 @@ from .files import (
 )
 from .layout import Layout
 from .linear import principal_components, ridge
+from .ops._basis import quantized
 
 _FORMAT, _VERSION = "w2w_fast.space", 1
 _TENSORS, _JSON = "space.safetensors", "space.json"
-_BASIS_DTYPES = {torch.float32, torch.bfloat16}
+_BASIS_DTYPES = {torch.float32, torch.bfloat16, torch.int8, torch.uint8}
+_BITS = {"int8": 8, "int4": 4}
 # Every tensor and its sizes: d numbers of an adapter, m components, n models, a attributes.
 _SHAPES = {
     "mean": "d",
     "std": "d",
     "basis": "dm",
+    "row_scale": "d",
     "mu": "m",
     "sigma": "m",
     "coefficients": "nm",
@@ -55,14 +59,15 @@ _REQUIRED = ("mean", "std", "basis", "mu", "sigma")
 
 @dataclass(repr=False)
 class WeightSpace:
-    """A space, validated on construction. float32, but for the basis, which may be bfloat16.
+    """A space, validated on construction. float32, but for the basis: see ``quantize`` and ``to``.
 
-    mean, std ``[d]`` (std 0: the coordinate is fixed), basis ``[d, m]``; coefficients ``[n, m]``
-    of the population, with names (n), labels ``[n, a]`` and attributes (a); directions ``[a, m]``,
-    each one population standard deviation long (edit: c + t * row); classifiers ``[a, m]``, linear
-    readers (score = (c - mu) @ row, in the label's units above its mean); explained ``[m]``, share
-    of variance; mu, sigma ``[m]`` of the coefficients, wanted where those are left out; meta, free
-    JSON: base model, prompt, guidance.
+    mean, std ``[d]`` (std 0: the coordinate is fixed), basis ``[d, m]`` (float32 or bfloat16, or
+    integers in units of row_scale ``[d]``: int8, or uint8 of two 4-bit numbers); coefficients
+    ``[n, m]`` of the population, with names (n), labels ``[n, a]`` and attributes (a); directions
+    ``[a, m]``, one population standard deviation long (edit: c + t * row); classifiers ``[a, m]``,
+    linear readers (score = (c - mu) @ row, in the label's units above its mean); explained
+    ``[m]``, share of variance; mu, sigma ``[m]`` of the coefficients, wanted where those are left
+    out; meta, free JSON: base model, prompt, guidance.
     """
 
     layout: Layout
@@ -79,6 +84,7 @@ class WeightSpace:
     meta: dict[str, Any] = field(default_factory=dict)
     mu: Tensor | None = None
     sigma: Tensor | None = None
+    row_scale: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -93,12 +99,16 @@ class WeightSpace:
             self.sigma = self.coefficients.std(0, correction=0)
         self.attributes = list(self.attributes)
         self._check()
+        for name in _SHAPES:
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.is_floating_point() and not all_finite(tensor):
+                raise InputError(f"space: {name}: holds NaN or infinite numbers")
 
     def _check(self) -> None:
         missing = [name for name in _REQUIRED if getattr(self, name) is None]
         if missing:
             raise InputError(f"space: wanted {', '.join(missing)} (or coefficients)")
-        sizes = {"d": self.layout.size, "a": len(self.attributes)}
+        sizes = {"d": self.layout.size, "m": self.mu.shape[-1], "a": len(self.attributes)}
         if self.names is not None:
             sizes["n"] = len(self.names)
         for name, spec in _SHAPES.items():
@@ -106,9 +116,13 @@ class WeightSpace:
             if tensor is None:
                 continue
             dtypes = _BASIS_DTYPES if name == "basis" else {torch.float32}
+            shape = tensor.shape
+            if name == "basis" and tensor.dtype == torch.uint8 and tensor.ndim == 2:
+                # Two numbers a byte: of an odd m the last half is unused.
+                shape = (shape[0], 2 * shape[1] - self.mu.shape[-1] % 2)
             fits = tensor.ndim == len(spec) and all(
                 sizes.setdefault(letter, size) == size
-                for letter, size in zip(spec, tensor.shape, strict=True)
+                for letter, size in zip(spec, shape, strict=True)
             )
             if not fits or tensor.dtype not in dtypes:
                 wanted = ", ".join(f"{x} = {sizes[x]}" if x in sizes else x for x in spec)
@@ -116,8 +130,13 @@ class WeightSpace:
                     f"space: {name}: wanted [{wanted}] of {' or '.join(map(str, dtypes))}, "
                     f"got {list(tensor.shape)} of {tensor.dtype}"
                 )
-        if self.basis.shape[1] < 1 or bool((self.std < 0).any()):
+        if self.m < 1 or bool((self.std < 0).any()):
             raise InputError("space: wanted at least one component, and no negative std")
+        if self.quantized != (self.row_scale is not None):
+            raise InputError(
+                "space: row_scale: wanted it with a basis of integers and only there; the basis is "
+                f"{self.basis.dtype}"
+            )
 
     @property
     def d(self) -> int:
@@ -125,7 +144,12 @@ class WeightSpace:
 
     @property
     def m(self) -> int:
-        return self.basis.shape[1]
+        return self.mu.shape[0]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the basis holds integers, in units of row_scale."""
+        return not self.basis.is_floating_point()
 
     @property
     def n(self) -> int:
@@ -141,16 +165,52 @@ class WeightSpace:
 
     def project(self, w: Tensor) -> Tensor:
         """w ``[k, d]`` -> c ``[k, m]``, float32 or float64."""
-        return ops.project(w, self.basis, self.mean, self.std)
+        return ops.project(w, self.basis, self.mean, self.std, row_scale=self.row_scale, m=self.m)
 
     def reconstruct(self, c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """c ``[k, m]`` -> w ``[k, d]`` in ``dtype`` (c's), differentiable in c."""
-        return ops.reconstruct(c, self.basis, self.mean, self.std, dtype)
+        return ops.reconstruct(c, self.basis, self.mean, self.std, dtype, row_scale=self.row_scale)
+
+    def delta(self, direction: Tensor) -> Tensor:
+        """The step ``[d]`` of adapters that is the step ``direction [m]`` of coefficients.
+
+        std * (V direction): computed once, ``edit`` then moves adapters along it without V.
+        """
+        step = direction[None].to(self.std)
+        return ops.reconstruct(step, self.basis, None, self.std, row_scale=self.row_scale)[0]
+
+    def quantize(self, kind: str) -> WeightSpace:
+        """This space with a basis of ``"int8"`` or ``"int4"``: half or a quarter of bfloat16's.
+
+        Each row of V gets a scale of its own, which costs nothing (it multiplies std). What it
+        costs in accuracy is kept as ``meta["quantized"]``: the rms error of the population's
+        adapters (of up to 64 of them, or of people drawn from mu and sigma) relative to the rms
+        of their distance from the mean.
+        """
+        if kind not in _BITS or self.quantized:
+            raise InputError(
+                f"quantize: wanted {' or '.join(_BITS)} of a space of floats, got {kind!r} of "
+                f"{self.basis.dtype}"
+            )
+        basis, row_scale = quantized(self.basis, _BITS[kind])
+        if self.coefficients is None:
+            noise = torch.randn(64, self.m, generator=torch.Generator().manual_seed(0))
+            c = self.mu + self.sigma * noise.to(self.mu)
+        else:
+            c = self.coefficients[torch.linspace(0, self.n - 1, min(self.n, 64)).long()]
+        space = dataclasses.replace(self, basis=basis, row_scale=row_scale, meta=dict(self.meta))
+        exact = self.reconstruct(c)
+        error = (space.reconstruct(c) - exact).square().mean().sqrt()
+        spread = (exact - self.mean).square().mean().sqrt()
+        space.meta["quantized"] = {"kind": kind, "relative_error": float(error / spread)}
+        return space
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> WeightSpace:
         """This space on ``device``; ``dtype`` (float32 or bfloat16) is the basis's alone."""
+        if dtype is not None and self.quantized:
+            raise InputError("to: dtype: the basis is quantised; only its device can change")
         moved = {
             name: tensor.to(device=device, dtype=dtype if name == "basis" else None)
             for name in _SHAPES
@@ -167,6 +227,8 @@ class WeightSpace:
             for name, spec in _SHAPES.items()
             if spec.endswith("m") and (tensor := getattr(self, name)) is not None
         }
+        if self.basis.dtype == torch.uint8:
+            parts["basis"] = self.basis[:, : -(-m // 2)]
         space = dataclasses.replace(self, **parts, meta=dict(self.meta))
         if space.classifiers is not None:
             space._set_directions()

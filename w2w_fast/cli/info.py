@@ -43,7 +43,8 @@ def _space(name: str) -> Lines:
     space = open_space(name)
     yield "kind", "weight space"
     yield from _layout(space.layout)
-    yield "components", f"{space.m}, basis in {str(space.basis.dtype).removeprefix('torch.')}"
+    basis = str(space.basis.dtype).removeprefix("torch.").replace("uint8", "4-bit integers")
+    yield "components", f"{space.m}, basis in {basis}"
     if space.explained is not None:
         yield "explained", f"{float(space.explained.sum()):.1%} of the population's variance"
     yield "people", space.n or "their coefficients are not in it"
@@ -111,5 +112,8 @@ def examine() -> Lines:
     else:
         features = ", ".join(f"{k} {v}" for k, v in native.cpu_features().items())
         yield "native", f"{native.__version__}: {features}"
-    for op, backend, available, reason in _dispatch.report():
-        yield f"op {op}", f"{backend} ({reason}{'' if available else '; no native code here'})"
+        if hasattr(native, "cuda"):
+            yield "native cuda", f"built for {native.cuda.architectures}"
+    for op in _dispatch.OPS:
+        for backend, available, reason in _dispatch.choices(op):
+            yield f"op {op}", f"{backend}: {'yes' if available else 'no'}, {reason}"

@@ -1,7 +1,12 @@
 """The operator library ``torch.ops.w2w_fast`` and the one place that chooses a backend.
 
-``W2W_BACKEND=torch`` forces the plain torch definitions; ``W2W_BACKEND=native`` forces the
-compiled extension, and raises where it cannot serve a call: a backend never changes silently.
+    torch     the definition in plain torch: every device, every dtype
+    native    the compiled extension on CPUs (C++)
+    cuda      the compiled extension on NVIDIA GPUs of compute capability 8.0 and later
+    triton    Triton on GPUs, AMD's too, and where CUDA was not built
+
+``W2W_BACKEND``, or the argument ``backend`` of an op, forces one of them: where it cannot serve a
+call that raises; a backend never changes silently.
 """
 
 from __future__ import annotations
@@ -10,18 +15,22 @@ import importlib
 import importlib.util
 import os
 from functools import cache
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ._native import CODES, Kernels
 
 library = torch.library.Library("w2w_fast", "DEF")
 
 OPS = ("reconstruct", "project", "adapted_linear", "merge", "edit")
-NATIVE_OPS = frozenset({"reconstruct"})
-NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # codes of the extension's interface
+BACKENDS = ("torch", "native", "cuda", "triton")
+DEVICES = {"native": "cpu", "cuda": "cuda", "triton": "cuda"}
+_ORDER = {"cpu": ("native",), "cuda": ("cuda", "triton")}  # what is tried before torch
+_BUILD = "pip install . with a C++ compiler builds it"
 
 
 @cache
@@ -31,35 +40,129 @@ def native() -> ModuleType | None:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-def _native_gap(op: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why the extension cannot serve this call, None if it can."""
-    if op not in NATIVE_OPS:
-        return "no native kernel for this op: plain torch is its definition"
+@cache
+def _kernels(backend: str) -> Any:
+    """The six launches of a backend: see ``_native.Kernels``."""
+    if backend != "triton":
+        return Kernels(getattr(native(), backend.replace("native", "cpu")), backend == "cuda")
+    from ..kernels import adapted_linear, edit, merge, project, reconstruct
+
+    modules = (reconstruct, project, adapted_linear, merge, edit)
+    names = ("reconstruct", "project", "low_rank", "outer", "merge", "edit")
+    found = {n: getattr(m, n) for m in modules for n in names if hasattr(m, n)}
+    return SimpleNamespace(**found)
+
+
+@cache
+def _unavailable(backend: str) -> str | None:
+    """Why a backend is not there at all, None if it is."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        known = importlib.util.find_spec("triton") and importlib.util.find_spec("w2w_fast.kernels")
+        return None if known else "triton is not installed (pip install 'w2w_fast[triton]')"
     if native() is None:
-        return "the extension is not built (pip install . with a C++ compiler builds it)"
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"a tensor is on {tensor.device}, the native kernel runs on the CPU"
-        if tensor.dtype not in NATIVE_DTYPES:
-            return f"a tensor is {tensor.dtype}, the native kernel takes float32 and bfloat16"
+        return f"the extension is not built ({_BUILD})"
+    if backend == "cuda" and not hasattr(native(), "cuda"):
+        return "the extension was built without CUDA (nvcc on PATH and another pip install add it)"
     return None
 
 
-def backend(op: str, *tensors: Tensor) -> tuple[str, str]:
-    """("native" or "torch", the reason) for a call of ``op`` with these tensors."""
-    wish = os.environ.get("W2W_BACKEND", "")
-    if wish not in ("", "torch", "native"):
-        raise InputError(f"W2W_BACKEND: wanted torch or native (or unset), got {wish!r}")
-    if wish == "torch":
-        return "torch", "W2W_BACKEND=torch"
-    gap = _native_gap(op, tensors)
-    if gap is None:
-        return "native", "W2W_BACKEND=native" if wish else "the extension is built"
-    if wish == "native" and op in NATIVE_OPS:
-        raise InputError(f"W2W_BACKEND=native: {op}: {gap}; unset W2W_BACKEND to allow torch")
-    return "torch", gap
+def _device_gap(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve this device."""
+    if device.type != DEVICES[backend]:
+        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not (interpreted and device.type == "cpu"):
+            return f"a tensor is on {device}, it runs on {DEVICES[backend].upper()}"
+    elif backend == "cuda" and device.type == "cuda":
+        if torch.version.hip:
+            return "this is an AMD GPU, it runs on NVIDIA's"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "this GPU is older than compute capability 8.0"
+    return None
 
 
-def report() -> list[tuple[str, str, bool, str]]:
-    """(op, backend in use on the CPU, native available, reason) for ``w2w doctor``."""
-    return [(op, *backend(op)[:1], _native_gap(op, ()) is None, backend(op)[1]) for op in OPS]
+def gap(backend: str, *tensors: Tensor | None) -> str | None:
+    """Why ``backend`` cannot serve a call with these tensors, None if it can."""
+    reason = _unavailable(backend)
+    if reason or backend == "torch":
+        return reason
+    device = None
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype not in CODES:
+            return f"a tensor is {t.dtype}, kernels take float32, bfloat16 and float16"
+        if t.device != device:
+            device = t.device
+            reason = _device_gap(backend, device)
+            if reason:
+                return reason
+    return None
+
+
+def choose(op: str, wish: str | None, *tensors: Tensor | None) -> tuple[str, str]:
+    """(backend, the reason) for a call of ``op``; InputError if the one forced cannot serve it."""
+    source = "backend"
+    if wish is None:
+        wish, source = os.environ.get("W2W_BACKEND") or None, "W2W_BACKEND"
+    if wish is not None:
+        if wish not in BACKENDS:
+            raise InputError(f"{source}: wanted {', '.join(BACKENDS)} (or none), got {wish!r}")
+        reason = gap(wish, *tensors)
+        if reason:
+            raise InputError(f"{source}={wish}: {op}: {reason}; leave it unset to allow others")
+        return wish, f"{source}={wish}"
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    reasons = []
+    for backend in _ORDER.get(device, ()):
+        reason = gap(backend, *tensors)
+        if reason is None:
+            return backend, "the first that serves this call"
+        reasons.append(f"{backend}: {reason}")
+    return "torch", "; ".join(reasons) or f"no kernel for {device}"
+
+
+def kernels(op: str, wish: str | None, *tensors: Tensor | None) -> Any | None:
+    """The chosen backend's launches; None: the op's own torch definition."""
+    backend = choose(op, wish, *tensors)[0]
+    return None if backend == "torch" else _kernels(backend)
+
+
+def forced(wish: str | None) -> bool:
+    """Whether a backend is forced, by argument or by environment."""
+    return bool(wish or os.environ.get("W2W_BACKEND"))
+
+
+def choices(op: str) -> list[tuple[str, bool, str]]:
+    """(backend, available here, why) of ``op``, for ``w2w doctor`` and the benchmarks."""
+    assert op in OPS
+    gpu = torch.cuda.is_available()
+    rows = []
+    for backend in BACKENDS:
+        reason = _unavailable(backend)
+        if reason is None and DEVICES.get(backend) == "cuda":
+            here = torch.device("cuda", torch.cuda.current_device()) if gpu else None
+            reason = _device_gap(backend, here) if here else "no GPU is visible"
+        rows.append((backend, reason is None, reason or _GOOD[backend]))
+    return rows
+
+
+_GOOD = {
+    "torch": "the definition, for every device and dtype",
+    "native": "compiled kernels for the CPU",
+    "cuda": "compiled kernels for the GPU",
+    "triton": "Triton kernels for the GPU",
+}
+
+
+def rows(t: Tensor | None) -> Tensor | None:
+    """t itself where its last dimension is contiguous (any other strides, 0 too), else a copy."""
+    if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1:
+        return t
+    return t.contiguous()
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """A constant of the space, or scales, as contiguous float32."""
+    return None if t is None else t.to(torch.float32).contiguous()

@@ -1,7 +1,9 @@
 """Adapters from coefficients: ``w = mean + std * (c V^T)``.
 
-Backward: ``dL/dc = (std * dL/dw) V``. mean, std and V are constants of a space. Dravid et al.,
-"Interpreting the Weight Space of Customized Diffusion Models", 2024, section 3.
+A basis of integers counts in units of ``row_scale``, which joins std: ``std * row_scale``.
+Backward: ``dL/dc = (std * dL/dw) V``, which is ``project``'s contraction. mean, std and V are
+constants of a space. Dravid et al., "Interpreting the Weight Space of Customized Diffusion
+Models", 2024, section 3.
 """
 
 from __future__ import annotations
@@ -11,82 +13,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from . import _basis, _dispatch
 from ._check import shapes
 
 _dispatch.library.define(
-    "reconstruct(Tensor c, Tensor basis, Tensor mean, Tensor std, ScalarType dtype) -> Tensor"
+    "reconstruct(Tensor c, Tensor basis, Tensor? mean, Tensor std, Tensor? row_scale, "
+    "ScalarType dtype, str? backend=None) -> Tensor"
 )
 
 
 def reconstruct_reference(
-    c: Tensor, basis: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype
+    c: Tensor,
+    basis: Tensor,
+    mean: Tensor | None,
+    std: Tensor,
+    row_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The definition in plain torch, summed in float32 (float64 if an input is)."""
-    work = _basis.compute_dtype(c, basis, mean, std)
-    return (mean.to(work) + std.to(work) * _basis.expand(c.to(work), basis)).to(dtype)
+    work = _basis.compute_dtype(c, basis, mean, std, row_scale)
+    gain = std.to(work) if row_scale is None else std.to(work) * row_scale.to(work)
+    w = gain * _basis.expand(c.to(work), basis)
+    w = w if mean is None else w + mean.to(work)
+    return w.to(c.dtype if dtype is None else dtype)
 
 
-def _fake(c: Tensor, basis: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    return c.new_empty(c.shape[0], basis.shape[0], dtype=dtype)
-
-
-def _cpu(c: Tensor, basis: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    out = c.new_empty(c.shape[0], basis.shape[0], dtype=dtype)
-    if _dispatch.backend("reconstruct", c, basis, mean, std, out)[0] == "torch":
-        return reconstruct_reference(c, basis, mean, std, dtype)
-    c, mean, std = (t.to(torch.float32).contiguous() for t in (c, mean, std))
-    if basis.stride(1) != 1 or basis.stride(0) < basis.shape[1]:
-        basis = basis.contiguous()
-    (k, m), d = c.shape, basis.shape[0]
+def _forward(
+    c: Tensor,
+    basis: Tensor,
+    mean: Tensor | None,
+    std: Tensor,
+    row_scale: Tensor | None,
+    dtype: torch.dtype,
+    backend: str | None = None,
+) -> Tensor:
+    out = _fake(c, basis, mean, std, row_scale, dtype)
+    launch = _dispatch.kernels("reconstruct", backend, out, c, basis, mean, std, row_scale)
+    if launch is None:
+        return reconstruct_reference(c, basis, mean, std, row_scale, dtype)
     if out.numel():
-        native, codes = _dispatch.native(), _dispatch.NATIVE_DTYPES
-        native.reconstruct(
-            c.data_ptr(), k, m, c.stride(0),
-            basis.data_ptr(), codes[basis.dtype], d, basis.stride(0),
-            mean.data_ptr(), std.data_ptr(),
-            out.data_ptr(), codes[dtype], out.stride(0),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        constants = (_dispatch.vector(t) for t in (mean, std, row_scale))
+        c = _dispatch.rows(c.to(torch.float32))
+        launch.reconstruct(c, _dispatch.rows(basis), *constants, out)
     return out
 
 
-_dispatch.library.impl("reconstruct", reconstruct_reference, "CompositeExplicitAutograd")
-_dispatch.library.impl("reconstruct", _cpu, "CPU")
+def _fake(
+    c: Tensor,
+    basis: Tensor,
+    mean: Tensor | None,
+    std: Tensor,
+    row_scale: Tensor | None,
+    dtype: torch.dtype,
+    backend: str | None = None,
+) -> Tensor:
+    return c.new_empty(c.shape[0], basis.shape[0], dtype=dtype)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    c, basis, _, std, row_scale, _, ctx.backend = inputs
+    ctx.save_for_backward(basis, std, row_scale)
+    ctx.m, ctx.dtype = c.shape[1], c.dtype
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    basis, std, row_scale = ctx.saved_tensors
+    dc = torch.ops.w2w_fast.project.default(
+        g, basis, None, std, row_scale, ctx.m, False, ctx.backend
+    )
+    return dc.to(ctx.dtype), None, None, None, None, None, None
+
+
+_dispatch.library.impl("reconstruct", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("w2w_fast::reconstruct", _fake, lib=_dispatch.library)
-
-
-class _Reconstruct(torch.autograd.Function):
-    @staticmethod
-    def forward(c: Tensor, *args: Any) -> Tensor:
-        return torch.ops.w2w_fast.reconstruct.default(c, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        c, basis, _, std, _ = inputs
-        ctx.save_for_backward(basis, std)
-        ctx.work, ctx.dtype = _basis.compute_dtype(c, basis, std), c.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        basis, std = ctx.saved_tensors
-        z = grad.to(ctx.work) * std.to(ctx.work)
-        return _basis.contract(z, basis).to(ctx.dtype), None, None, None, None
+torch.library.register_autograd(
+    "w2w_fast::reconstruct", _backward, setup_context=_setup, lib=_dispatch.library
+)
 
 
 def reconstruct(
-    c: Tensor, basis: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype | None = None
+    c: Tensor,
+    basis: Tensor,
+    mean: Tensor | None,
+    std: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    row_scale: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """c ``[k, m]``, basis ``[d, m]``, mean and std ``[d]`` -> w ``[k, d]`` in ``dtype`` (c's).
+    """c ``[k, m]``, basis, mean and std ``[d]`` -> w ``[k, d]`` in ``dtype`` (c's).
 
-    Differentiable in c. Raises InputError for shapes, devices or dtypes that do not fit, and
-    where a gradient is asked of a constant of the space.
+    basis is ``[d, m]`` of floats; or int8, or uint8 ``[d, ceil(m / 2)]`` (4 bits, two a byte),
+    with row_scale ``[d]``. mean None is 0. Differentiable in c. ``backend`` forces one of
+    ``_dispatch.BACKENDS``. Raises InputError for shapes, devices or dtypes that do not fit, where
+    a gradient is asked of a constant of the space, and where a forced backend cannot serve.
     """
-    shapes("reconstruct", c=(c, "k m"), basis=(basis, "d m"), mean=(mean, "d"), std=(std, "d"))
+    sizes = shapes("reconstruct", c=(c, "k m"))
+    _basis.check("reconstruct", basis, sizes["m"], row_scale)
+    constants = {"mean": mean, "std": std, "row_scale": row_scale}
+    given = {name: (t, "d") for name, t in constants.items() if t is not None}
+    shapes("reconstruct", {"d": basis.shape[0]}, c, basis=(basis, None), **given)
+    _basis.no_gradient("reconstruct", basis=basis, **constants)
     dtype = c.dtype if dtype is None else dtype
-    if torch.is_grad_enabled() and (basis.requires_grad or mean.requires_grad or std.requires_grad):
-        raise InputError("reconstruct: basis, mean and std are constants: detach() them first")
-    if torch.is_grad_enabled() and c.requires_grad:
-        return _Reconstruct.apply(c, basis, mean, std, dtype)
-    return torch.ops.w2w_fast.reconstruct.default(c, basis, mean, std, dtype)
+    return torch.ops.w2w_fast.reconstruct.default(c, basis, mean, std, row_scale, dtype, backend)

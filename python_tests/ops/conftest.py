@@ -1,0 +1,37 @@
+"""The backends that the tests of ops run on.
+
+By default what this process can run: torch, the native extension where it is built, and on a
+machine with a GPU cuda and triton there. W2W_TEST_BACKENDS=triton with TRITON_INTERPRET=1 runs
+the same tests on Triton's interpreter (test_triton.py does).
+"""
+
+from __future__ import annotations
+
+import os
+
+import awkward
+import pytest
+import torch
+
+from w2w_fast.ops import _dispatch
+
+ON_GPU = ("cuda", "triton")
+ASKED = os.environ.get("W2W_TEST_BACKENDS")
+PARAMS = [
+    pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU and not ASKED else ())
+    for name in (ASKED.split(",") if ASKED else _dispatch.BACKENDS)
+]
+
+
+@pytest.fixture(params=PARAMS)
+def backend(request, monkeypatch):
+    """A backend's name, forced on every op of the test; awkward makes tensors where it runs."""
+    name = request.param
+    gpu = name in ON_GPU and torch.cuda.is_available()
+    monkeypatch.setattr(awkward, "DEVICE", "cuda" if gpu else "cpu")
+    reason = _dispatch.gap(name, awkward.normal(1, seed=0))
+    if reason:
+        assert not ASKED, f"{name}: {reason}"
+        pytest.skip(f"{name}: {reason}")
+    monkeypatch.setenv("W2W_BACKEND", name)
+    return name
