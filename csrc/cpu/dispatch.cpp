@@ -1,15 +1,11 @@
-// Which instruction set this machine runs, and the split of the rows over threads.
+// Which instruction set this machine runs, and the entry of each op.
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <cstddef>
-#include <memory>
-#include <mutex>
+#include <iterator>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 
-#include "reconstruct_rows.h"
+#include "isa.h"
+#include "kernels.h"
 
 #ifdef W2W_X86
 #include <cpuid.h>
@@ -25,14 +21,14 @@ struct X86 {
     X86() {
         unsigned a, b, c, d;
         if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-        const bool fma = c & (1u << 12), osxsave = c & (1u << 27);
+        const bool fma = c & (1u << 12), osxsave = c & (1u << 27), f16c = c & (1u << 29);
         if (!osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
         // The processor's word is not enough: the operating system must save the registers.
         unsigned xcr0, high;
         __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
         const bool saves_ymm = (xcr0 & 0x06) == 0x06, saves_zmm = (xcr0 & 0xe6) == 0xe6;
         const unsigned f = 1u << 16, bw = 1u << 30, vl = 1u << 31;
-        avx2 = saves_ymm && fma && (b & (1u << 5));
+        avx2 = saves_ymm && fma && f16c && (b & (1u << 5));
         avx512 = avx2 && saves_zmm && (b & f) && (b & bw) && (b & vl);
     }
 };
@@ -42,80 +38,58 @@ const X86 x86;
 struct Isa {
     const char* name;
     bool supported;
-    RowsFn rows;
+    void (*reconstruct)(const ReconstructParams&, int);
+    void (*project)(const ProjectParams&, int);
+    void (*low_rank)(const LowRankParams&, int);
+    void (*outer)(const OuterParams&, int);
+    void (*merge)(const MergeParams&, int);
+    void (*edit)(const EditParams&, int);
 };
+
+#define W2W_ISA_ROW(isa, supported)                                                             \
+    {                                                                                           \
+        #isa, supported, isa::reconstruct, isa::project, isa::low_rank, isa::outer, isa::merge, \
+            isa::edit                                                                           \
+    }
 
 const Isa kIsas[] = {  // best first
 #ifdef W2W_X86
-    {"avx512", x86.avx512, avx512::reconstruct_rows},
-    {"avx2", x86.avx2, avx2::reconstruct_rows},
+    W2W_ISA_ROW(avx512, x86.avx512),
+    W2W_ISA_ROW(avx2, x86.avx2),
 #endif
-    {"portable", true, portable::reconstruct_rows},
+    W2W_ISA_ROW(portable, true),
 };
 
 std::atomic<const Isa*> in_use{
     std::find_if(std::begin(kIsas), std::end(kIsas), [](const Isa& isa) { return isa.supported; })};
 
-// Starting a thread costs 20 to 100 microseconds; one core reads this much in 150 or so.
-constexpr std::int64_t kBytesWorthAThread = 4 << 20;
-// Rows are handed out in pieces, so that a core busy with something else holds up only one.
-constexpr std::int64_t kBytesPerPiece = 256 << 10;
-
-// One call, shared by its threads. The caller waits for rows, not for threads: one that finds its
-// core busy and starts late (a time slice is milliseconds) finds nothing left and is not missed.
-struct Job {
-    const ReconstructParams p;
-    const RowsFn rows;
-    const std::int64_t piece;
-    std::vector<float> sums;
-    std::atomic<std::int64_t> next{0};
-    std::mutex mutex{};
-    std::condition_variable finished{};
-    std::int64_t done = 0;  // rows, under the mutex
-
-    void work(std::int64_t worker) {
-        float* mine = sums.data() + worker * kTile * p.k;
-        std::int64_t count = 0;
-        for (std::int64_t begin; (begin = next.fetch_add(piece)) < p.d;) {
-            const std::int64_t end = std::min(begin + piece, p.d);
-            rows(p, begin, end, mine);
-            count += end - begin;
-        }
-        if (count == 0) return;
-        const std::lock_guard<std::mutex> lock(mutex);
-        if ((done += count) == p.d) finished.notify_one();
-    }
-
-    void wait() {
-        std::unique_lock<std::mutex> lock(mutex);
-        finished.wait(lock, [this] { return done == p.d; });
-    }
-};
+// On a GPU an index is not looked at before it is used; here looking costs nothing.
+void check(const std::int64_t* index, std::int64_t samples, std::int64_t adapters) {
+    for (std::int64_t b = 0; index && b < samples; ++b)
+        if (index[b] < 0 || index[b] >= adapters)
+            throw std::invalid_argument("index: wanted 0 to " + std::to_string(adapters - 1) +
+                                        ", got " + std::to_string(index[b]));
+}
 
 }  // namespace
 
-void reconstruct(const ReconstructParams& p, int threads) {
-    if (p.k == 0 || p.d == 0) return;
-    const std::int64_t row_bytes =
-        std::max<std::int64_t>(1, p.m * (p.basis_dtype == Dtype::f32 ? 4 : 2));
-    const std::int64_t piece =
-        kTile * std::max<std::int64_t>(1, kBytesPerPiece / (row_bytes * kTile));
-    const std::int64_t useful =
-        std::max<std::int64_t>(1, p.d * row_bytes * ((p.k + 3) / 4) / kBytesWorthAThread);
-    const std::int64_t workers = std::clamp<std::int64_t>(threads, 1, useful);
+void reconstruct(const ReconstructParams& p, int threads) { in_use.load()->reconstruct(p, threads); }
 
-    const auto job = std::shared_ptr<Job>(
-        new Job{p, in_use.load()->rows, piece,
-                std::vector<float>(static_cast<std::size_t>(workers * kTile * p.k))});
-    try {
-        for (std::int64_t i = 1; i < workers; ++i)
-            std::thread([job, i] { job->work(i); }).detach();
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that started and this one finish all the rows.
-    }
-    job->work(0);
-    job->wait();
+void project(const ProjectParams& p, int threads) { in_use.load()->project(p, threads); }
+
+void low_rank(const LowRankParams& p, int threads) {
+    check(p.index, p.samples, p.adapters);
+    in_use.load()->low_rank(p, threads);
 }
+
+void outer(const OuterParams& p, int threads) {
+    check(p.index, p.samples, p.adapters);
+    in_use.load()->outer(p, threads);
+}
+
+void merge(const MergeParams& p, int threads) { in_use.load()->merge(p, threads); }
+
+void edit(const EditParams& p, int threads) { in_use.load()->edit(p, threads); }
 
 std::vector<std::string> compiled_isas() {
     std::vector<std::string> names;
