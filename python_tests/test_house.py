@@ -26,6 +26,7 @@ LAYERS = [
     {"errors"},
     {"files", "labels", "linear", "testing"},
     {"layout"},
+    {"kernels"},  # Triton, at the top of the repository
     {"ops"},
     {"space"},
     {"attach"},
@@ -133,9 +134,14 @@ def test_the_rule_of_exceptions_sees():
 @pytest.mark.parametrize("op", OPS)
 def test_each_op_has_its_files(op):
     assert op in _dispatch.OPS, "w2w doctor must list it"
-    wanted = [f"python_tests/ops/test_{op}.py"]
-    if op in _dispatch.NATIVE_OPS:
-        wanted += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp"]
+    wanted = [
+        f"csrc/{op}.h",
+        f"csrc/cpu/{op}.cpp",
+        f"csrc/cuda/{op}.cu",
+        f"kernels/{op}.py",
+        f"python_tests/ops/test_{op}.py",
+        f"benchmarks/cases/{op}.py",
+    ]
     assert [name for name in wanted if not (ROOT / name).is_file()] == []
     source = (PACKAGE / "ops" / f"{op}.py").read_text()
     assert f"def {op}(" in source, "the public function has the file's name"
@@ -145,9 +151,9 @@ def test_each_op_has_its_files(op):
 
 def test_each_kernel_has_its_op():
     assert sorted(_dispatch.OPS) == OPS
-    kernels = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/c*/*.c[pu]*"), *ROOT.glob("kernels/*.py")]
-    stems = {path.stem for path in kernels if not path.stem.startswith("_")} - {"dispatch"}
-    assert stems <= set(OPS)
+    for folder in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu", "kernels/*.py"):
+        stems = {path.stem for path in ROOT.glob(folder) if not path.stem.startswith("_")}
+        assert stems - {"dispatch", "parallel"} == set(OPS), folder
 
 
 def test_only_the_bindings_know_python_and_nothing_knows_torch():
