@@ -115,6 +115,20 @@ def cells(line: dict[str, Any], record: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as text; columns in which nobody has a figure are left out, as is what has none."""
+    full = [row for row in rows if len(row) == len(_HEAD)]
+    used = [i for i in range(1, len(_HEAD)) if any(row[i] for row in full[1:])]
+    first = max(len(row[0]) for row in rows)
+    lines = []
+    for row in rows:
+        rest = row[1:]
+        if len(row) == len(_HEAD):
+            rest = [row[i].rjust(max(len(other[i]) for other in full)) for i in used]
+        lines.append("  ".join([f"  {row[0]:<{first}}", *rest]).rstrip())
+    return lines
+
+
 def table(found: dict[str, Any]) -> str:
     """Everything a run found, as aligned text."""
     box, versions = found["machine"], found["versions"]
@@ -131,17 +145,8 @@ def table(found: dict[str, Any]) -> str:
     head.append(f"floors: {floors} (copy counts bytes read and written)")
     lines: list[str] = []
     for record in found["cases"]:
-        rows = [_HEAD, *(cells(line, record) for line in record["lines"])]
-        full = [row for row in rows if len(row) == len(_HEAD)]
-        widths = [max(len(row[i]) for row in full) for i in range(len(_HEAD))]
-        widths[0] = max(widths[0], *(len(row[0]) for row in rows))
         lines += ["", f"{record['op']}: {record['name']}"]
-        for row in rows:
-            if len(row) == len(_HEAD):
-                rest = "  ".join(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
-                lines.append(f"  {row[0]:<{widths[0]}}  {rest}".rstrip())
-            else:
-                lines.append(f"  {row[0]:<{widths[0]}}  {row[1]}")
+        lines += _aligned([_HEAD, *(cells(line, record) for line in record["lines"])])
         lines += [f"  {name}: {value:.4g}" for name, value in record["facts"].items()]
     return "\n".join([*head, *lines])
 

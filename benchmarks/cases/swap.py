@@ -168,17 +168,21 @@ class _Swaps:
         return self.fused, self.w[i]
 
     def drift(self) -> dict[str, float]:
-        """How far the fused twin's weights are from the base's once unfused, and ours."""
+        """How far each merged twin's weights are from the base's once the adapter is taken out."""
         self.fused.unfuse_lora()
+        self.live_merged.detach()
         name = self.space.layout.names[0]
         weight = self.base.get_submodule(name).weight
         theirs = self.fused.get_submodule(name).base_layer.weight
-        self.fused.fuse_lora(adapter_names=["person0"])
-        ours = self.live_merged._pristine[name]
-        return {
+        drifts = {
             "drift of diffusers' fused weights": float((theirs - weight).abs().max()),
-            "drift of ours": float((ours - weight).abs().max()),
+            "drift of ours": float(
+                (self.merged.get_submodule(name).weight - weight).abs().max()
+            ),
         }
+        self.live_merged = w2w.attach(self.merged, self.space, merged=True)
+        self.fused.fuse_lora(adapter_names=["person0"])
+        return drifts
 
 
 def _state_dict(lay: Layout, w: Tensor) -> dict[str, Tensor]:
