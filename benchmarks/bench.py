@@ -195,8 +195,7 @@ def rates(record: dict[str, Any], floors: dict[str, dict[str, float]]) -> None:
     known = floors.get(record["floor"], {}).get("median", 0.0)
     best = max(known, record.get("floor_rate", 0.0))
     fastest = {
-        kind: min((x["median"] for x in timed if x["kind"] == kind), default=None)
-        for kind in KINDS
+        kind: min((x["median"] for x in timed if x["kind"] == kind), default=None) for kind in KINDS
     }
     for line in timed:
         if amount:

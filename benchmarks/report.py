@@ -1,6 +1,7 @@
 """Make docs/benchmarks.md and its pictures from the JSON of runs: ``python benchmarks/report.py``.
 
-Of each device the newest full run counts. Where no run exists the page says so.
+Of each device the newest full run counts (files of one commit together are one run). Where no run
+exists the page says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from w2w_fast.benchmarks import goals, pictures
 from w2w_fast.benchmarks.bench import KINDS
-from w2w_fast.benchmarks.run import FORMAT, VERSION, cells, duration, speed
+from w2w_fast.benchmarks.run import FORMAT, OPS, VERSION, cells, duration, speed
 from w2w_fast.errors import InputError
 from w2w_fast.files import atomic_path, read_json
 
@@ -48,18 +49,32 @@ How to read it:
 
 
 def runs(folder: Path) -> list[Run]:
-    """The newest full run of each device, CPUs first."""
-    found: dict[tuple[str, str], Run] = {}
+    """The newest full run of each device, CPUs first; files of one commit and device are one run."""
+    groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for path in sorted(folder.glob("*.json")):
         run = read_json(path)
         if not isinstance(run, dict) or run.get("format") != FORMAT or run["version"] != VERSION:
             raise InputError(f"{path}: not a benchmark's result of version {VERSION}")
-        if run["quick"]:
-            continue
-        key = (run["device"], run["machine"]["device"])
-        if key not in found or run["date"] > found[key]["date"]:
-            found[key] = run
-    return [found[key] for key in sorted(found)]
+        if not run["quick"]:
+            key = (run["device"], run["machine"]["device"])
+            groups.setdefault(key, {}).setdefault(run["commit"], []).append(run)
+    newest = []
+    for _, commits in sorted(groups.items()):
+        parts = [sorted(part, key=lambda run: run["date"]) for part in commits.values()]
+        newest.append(_joined(max(parts, key=lambda part: part[-1]["date"])))
+    return newest
+
+
+def _joined(parts: list[Run]) -> Run:
+    """One run of several, each with other cases; of a case that is there twice the later."""
+    cases = {(case["op"], case["name"]): case for run in parts for case in run["cases"]}
+    order = {op: i for i, op in enumerate(OPS)}
+    return {
+        **parts[-1],
+        "seconds": sum(run["seconds"] for run in parts),
+        "dirty": any(run["dirty"] for run in parts),
+        "cases": sorted(cases.values(), key=lambda case: order[case["op"]]),
+    }
 
 
 def page(found: list[Run], names: dict[int, list[str]]) -> str:
@@ -68,7 +83,9 @@ def page(found: list[Run], names: dict[int, list[str]]) -> str:
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         mine = [(i, run) for i, run in enumerate(found) if run["device"] == device]
         if not mine:
-            parts.append(f"## {title}: not run\n\nNo result of a {title} is in benchmarks/results.\n")
+            parts.append(
+                f"## {title}: not run\n\nNo result of a {title} is in benchmarks/results.\n"
+            )
             parts.append(_goals(device, None))
         for i, run in mine:
             parts.append(f"## {title}: {run['machine']['device']}\n\n{_machine(run)}")

@@ -43,12 +43,14 @@ class Stored:
         rest = (self.mean, self.std, self.row_scale)
         return sum(t.numel() * t.itemsize for t in (self.basis, *rest) if t is not None)
 
-    def exact(self, rows: Tensor) -> Tensor:
-        """Those rows of the basis in float64, the scale of a row left out."""
-        part = self.basis[rows]
-        if part.dtype == torch.uint8:
-            part = torch.stack([part & 15, part >> 4], dim=-1).flatten(1).double() - 8
-        return part.double()
+    def exact(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Those rows or columns of the basis in float64, the scale of a row left out."""
+        part = self.basis if rows is None else self.basis[rows]
+        if part.dtype != torch.uint8:
+            return (part if columns is None else part[:, columns]).double()
+        if columns is None:
+            columns = torch.arange(self.m, device=part.device)
+        return (part[:, columns // 2] >> (columns % 2 * 4).to(torch.uint8) & 15).double() - 8
 
 
 @lru_cache(maxsize=1)
@@ -75,10 +77,10 @@ def space(d: int, m: int, kind: str, device: str) -> Stored:
     return Stored(basis, mean, std, row_scale, m)
 
 
-def some_rows(d: int, m: int, device: str) -> Tensor:
-    """The rows that a check looks at: all of a small space, 4,096 with both ends of a large one."""
-    n = d if d * m <= 1 << 24 else min(d, 4096)
-    return torch.linspace(0, d - 1, n, dtype=torch.float64).round().long().to(device)
+def some(size: int, most: int, device: str) -> Tensor:
+    """The rows or columns that a check looks at: all, or so many with both ends among them."""
+    n = min(size, most)
+    return torch.linspace(0, size - 1, n, dtype=torch.float64).round().long().to(device)
 
 
 def modules(quick: bool, dtype: torch.dtype, device: str) -> list[Tensor]:

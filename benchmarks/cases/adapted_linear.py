@@ -1,11 +1,11 @@
 """A Linear with one adapter a sample, at the shapes of SD1.5, by every route to it.
 
-    linear alone            the base, without an adapter: what the others are compared with
-    ours, two kernels       the base's GEMM, then low_rank, added
-    ours, one call          adapted_linear, whose shape decides what is fused
-    A in the GEMM           all identities' A as rows of W: s comes out of the base's GEMM
-    merged weights          W + scale B A of each identity written once an image, a batched GEMM
-    plain torch, PEFT adapter_names, torch.compile
+linear alone            the base, without an adapter: what the others are compared with
+ours, two kernels       the base's GEMM, then low_rank, added
+ours, one call          adapted_linear, whose shape decides what is fused
+A in the GEMM           all identities' A as rows of W: s comes out of the base's GEMM
+merged weights          W + scale B A of each identity written once an image, a batched GEMM
+plain torch, PEFT adapter_names, torch.compile
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def build(setting: Setting, b: int, t: int, n_in: int, n_out: int) -> Work:
     wide = [v.double() for v in (x, weight, A, B)]
     base = wide[0] @ wide[1].mT
     term = scale * (wide[0] @ wide[2].mT) @ wide[3].mT
-    sizes = wide[0].abs() @ wide[1].abs().mT + scale * (
-        wide[0].abs() @ wide[2].abs().mT
-    ) @ wide[3].abs().mT
+    sizes = (
+        wide[0].abs() @ wide[1].abs().mT
+        + scale * (wide[0].abs() @ wide[2].abs().mT) @ wide[3].abs().mT
+    )
     # Routes in the model's dtype round s, the term and the sum; merged weights round W too.
     roomy = base.abs().max() + 4 * term.abs().max()
 

@@ -101,6 +101,7 @@ class _Swaps:
         )
         self.c = _inputs.normal(_PEOPLE, m, seed=19, **place) * m**-0.5
         self.w = self.space.reconstruct(self.c)
+        self.states = [_state_dict(lay, w) for w in self.w]
         self.turn = self.seen = 0
         self.hooked, self.merged = twin(base), twin(base, lay.names)
         self.loaded, self.hot, self.fused = twin(base), twin(base), twin(base, lay.names)
@@ -138,12 +139,8 @@ class _Swaps:
 
     def _load(self, model: Any, name: str, i: int, **options: Any) -> None:
         model.load_lora_adapter(
-            self._state(i), prefix=None, adapter_name=name, low_cpu_mem_usage=False, **options
+            self.states[i], prefix=None, adapter_name=name, low_cpu_mem_usage=False, **options
         )
-
-    @lru_cache(maxsize=_PEOPLE)  # noqa: B019: one of these lives, as long as the run
-    def _state(self, i: int) -> dict[str, Tensor]:
-        return _state_dict(self.space.layout, self.w[i])
 
     def load(self) -> tuple[nn.Module, Tensor]:
         i = self._next()
@@ -176,9 +173,7 @@ class _Swaps:
         theirs = self.fused.get_submodule(name).base_layer.weight
         drifts = {
             "drift of diffusers' fused weights": float((theirs - weight).abs().max()),
-            "drift of ours": float(
-                (self.merged.get_submodule(name).weight - weight).abs().max()
-            ),
+            "drift of ours": float((self.merged.get_submodule(name).weight - weight).abs().max()),
         }
         self.live_merged = w2w.attach(self.merged, self.space, merged=True)
         self.fused.fuse_lora(adapter_names=["person0"])

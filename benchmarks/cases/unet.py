@@ -59,7 +59,7 @@ def cases(setting: Setting) -> list[Case]:
             seconds=0.0 if setting.quick else 3.0,
         )
         for mode in modes
-        for b in batches
+        for b in (batches if mode != "compile" else batches[-2:-1] or batches)
     ]
     return forward + swap.cases(setting, partial(unet, setting))
 
@@ -149,9 +149,12 @@ def build(setting: Setting, mode: str, b: int, side: int) -> Work:
     contenders = [
         Contender("base", "base", run(base)),
         Contender("ours, one identity a sample", "ours", run(ours)),
-        Contender("plain hooks with bmm", "eager", run(hooked)),
-        Contender("PEFT adapter_names", "rival", run(_peft(twin(base), lay, w))),
     ]
+    if mode != "compile":  # a minute or more each to compile; PEFT again for each list of names
+        contenders += [
+            Contender("plain hooks with bmm", "eager", run(hooked)),
+            Contender("PEFT adapter_names", "rival", run(_peft(twin(base), lay, w))),
+        ]
 
     def facts() -> dict[str, int]:
         if mode != "compile":
@@ -211,9 +214,7 @@ def _peft(model: nn.Module, lay: Layout, w: Tensor) -> Callable:
     wrapped = None
     for name in names:
         if wrapped is None:
-            wrapped = get_peft_model(
-                model, config, adapter_name=name, autocast_adapter_dtype=False
-            )
+            wrapped = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
         else:
             wrapped.add_adapter(name, config, autocast_adapter_dtype=False)
     for module, (A, B) in lay.split(w).items():
