@@ -5,7 +5,7 @@
 Needs a checkout, nvcc, and in this Python torch with CUDA, diffusers, peft, pytest and the build
 tools (scikit-build-core, pybind11, cmake, ninja); no network. `build` installs the checkout in
 place into this Python (where that is the system's own, set PIP_BREAK_SYSTEM_PACKAGES=1, or use an
-environment). A stage that fails does not stop the next. Copy FOLDER's benchmarks-*.json to
+environment). Without git, name the checkout's commit in W2W_COMMIT. A stage that fails does not stop the next. Copy FOLDER's benchmarks-*.json to
 benchmarks/results and run report.py to put the figures into docs/benchmarks.md.
 """
 
@@ -74,7 +74,7 @@ def build(session: Session) -> Stage:
         "build.log", 900, W2W_REQUIRE_NATIVE="1",
     )  # fmt: skip
     _, doctor = session.run(
-        [sys.executable, "-P", "-m", "w2w_fast.cli", "doctor"], "build.log", 120
+        [sys.executable, "-c", "from w2w_fast.cli import main; main()", "doctor"], "build.log", 120
     )
     chosen = [line for line in doctor.splitlines() if line.startswith(("op ", "native", "cuda"))]
     return {"ok": status == 0, "say": _last(text), "doctor": chosen}

@@ -53,7 +53,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of the source tree that these files lie in, and whether it was changed since."""
+    """The commit of the source tree that these files lie in, and whether it was changed since.
+
+    A copy of the tree without git is told its commit in W2W_COMMIT.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*args: str) -> str | None:
@@ -68,7 +71,8 @@ def commit() -> dict[str, Any]:
     head = git("rev-parse", "HEAD")
     # Results and pages made from them do not change what was measured.
     changed = git("status", "--porcelain", "--", "..", ":!results", ":!../docs")
-    return {"commit": head or "unknown", "dirty": None if head is None else bool(changed)}
+    told = os.environ.get("W2W_COMMIT", "unknown")
+    return {"commit": head or told, "dirty": None if head is None else bool(changed)}
 
 
 def model_dtype(device: str) -> torch.dtype:

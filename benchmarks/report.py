@@ -41,15 +41,15 @@ How to read it:
   copying one (bytes read and written) for `merge` and `edit`, a square matrix product in the same
   dtype for `adapted_linear` and the UNet. The larger of two medians counts: the whole run's, and
   that of the floor's turns among the contenders.
-- **x eager**, **x compile**, **x rival**, **x base**: the time of the fastest contender of that kind
-  over this one's: 2 means twice as fast. Eager is plain torch; the rival is what others do: the
+- **x eager**, **x compile**, **x rival**, **x base**: the time of the fastest contender of that
+  kind over this one's: 2 means twice as fast. Eager is plain torch; the rival is what others do: the
   published method's re-projection in every module, PEFT, diffusers; the base has no adapters.
 - Before each call of a case bound by memory the caches are overwritten.
 """
 
 
 def runs(folder: Path) -> list[Run]:
-    """The newest full run of each device, CPUs first; files of one commit and device are one run."""
+    """The newest full run of each device, CPUs first; files of one commit together are one run."""
     groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for path in sorted(folder.glob("*.json")):
         run = read_json(path)

@@ -52,7 +52,7 @@ def run(
             gc.collect()
         clear(setting)
     after = machine.floor_rates(floors, setting)
-    # The faster of the two: a share is never flattered by a floor that was measured in a bad moment.
+    # The faster of the two: no share is flattered by a floor that was measured in a bad moment.
     best = {name: max(before[name], after[name], key=lambda r: r["median"]) for name in floors}
     for record in records:
         rates(record, best)
@@ -135,7 +135,8 @@ def table(found: dict[str, Any]) -> str:
     dirty = " with changes" if found["dirty"] else ""
     head = [
         f"{box['device']}, {box['threads']} of {box['cores']} CPU threads, torch "
-        f"{versions['torch']}, w2w_fast {versions['w2w_fast']}, commit {found['commit'][:12]}{dirty}"
+        f"{versions['torch']}, w2w_fast {versions['w2w_fast']}, "
+        f"commit {found['commit'][:12]}{dirty}"
     ]
     if found["quick"]:
         head.append("quick sizes: these figures say nothing about speed")

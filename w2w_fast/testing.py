@@ -80,9 +80,9 @@ def race(
 ) -> dict[str, Timing]:
     """Time several calls in turns, so that whatever else the machine does hits all of them alike.
 
-    After one call each to warm up (unless these were called before), each gets at least ``rounds`` turns and ``seconds``, at most
-    20 x ``rounds`` turns, and three once these took eight times as long as was asked. ``before``
-    runs untimed before each. ``on_device`` takes the GPU's own clock, which leaves out what the
+    After one call each to warm up (``warm``), each gets at least ``rounds`` turns and ``seconds``,
+    at most 20 x ``rounds`` turns, and three once these took eight times as long as was asked.
+    ``before`` runs untimed before each. ``on_device`` takes the GPU's own clock, which leaves out what the
     host spends on a launch as long as ``before`` keeps the GPU busy meanwhile.
     """
     clock = _device_seconds if on_device else _wall_seconds
