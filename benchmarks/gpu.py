@@ -5,8 +5,9 @@
 Needs a checkout, nvcc, and in this Python torch with CUDA, diffusers, peft, pytest and the build
 tools (scikit-build-core, pybind11, cmake, ninja); no network. `build` installs the checkout in
 place into this Python (where that is the system's own, set PIP_BREAK_SYSTEM_PACKAGES=1, or use an
-environment). Without git, name the checkout's commit in W2W_COMMIT. A stage that fails does not stop the next. Copy FOLDER's benchmarks-*.json to
-benchmarks/results and run report.py to put the figures into docs/benchmarks.md.
+environment). Without git, name the checkout's commit in W2W_COMMIT. A stage that fails does not
+stop the next. Copy FOLDER's benchmarks-*.json to benchmarks/results and run report.py to put the
+figures into docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ How to read it:
   dtype for `adapted_linear` and the UNet. The larger of two medians counts: the whole run's, and
   that of the floor's turns among the contenders.
 - **x eager**, **x compile**, **x rival**, **x base**: the time of the fastest contender of that
-  kind over this one's: 2 means twice as fast. Eager is plain torch; the rival is what others do: the
-  published method's re-projection in every module, PEFT, diffusers; the base has no adapters.
+  kind over this one's: 2 means twice as fast. Eager is plain torch; the rival is what others do:
+  the published method's re-projection in every module, PEFT, diffusers; the base has no adapters.
 - Before each call of a case bound by memory the caches are overwritten.
 """
 

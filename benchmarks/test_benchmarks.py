@@ -1,4 +1,4 @@
-"""Every kind of contender of every case as a benchmark of pytest-benchmark: `python -m pytest benchmarks`.
+"""Each kind of contender of every case, under pytest-benchmark: `python -m pytest benchmarks`.
 
 For those who know its tables and comparisons; run.py times all contenders, in turns, and measures
 the machine's floors. Not part of the tests: pytest collects it only when asked to.

@@ -82,8 +82,8 @@ def race(
 
     After one call each to warm up (``warm``), each gets at least ``rounds`` turns and ``seconds``,
     at most 20 x ``rounds`` turns, and three once these took eight times as long as was asked.
-    ``before`` runs untimed before each. ``on_device`` takes the GPU's own clock, which leaves out what the
-    host spends on a launch as long as ``before`` keeps the GPU busy meanwhile.
+    ``before`` runs untimed before each. ``on_device`` takes the GPU's own clock, which leaves out
+    what the host spends on a launch as long as ``before`` keeps the GPU busy meanwhile.
     """
     clock = _device_seconds if on_device else _wall_seconds
     times: dict[str, list[float]] = {name: [] for name in calls}
