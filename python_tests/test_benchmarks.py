@@ -54,7 +54,7 @@ def test_a_run_is_a_table_and_json(quick, capsys):
         timed = [line for line in record["lines"] if "median" in line]
         assert {line["kind"] for line in timed} >= {"eager", "rival"}
         for line in timed:
-            assert 0 < line["best"] <= line["median"] and line["calls"] >= 3 and line["rate"] > 0
+            assert 0 < line["best"] <= line["median"] and line["calls"] >= 2 and line["rate"] > 0
     text = runner.table(run)
     assert "quick sizes" in text and "edit: float32 k=4" in text and "torch add" in text
     assert "absent: --no-compile" in text

@@ -234,7 +234,6 @@ BAD = [
     "bench nonsense",
     "bench edit --device quantum",
     "bench edit --out {}/text.txt",
-    "bench edit --out {}/nowhere/bench.json",
 ]
 
 

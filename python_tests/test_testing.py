@@ -59,5 +59,5 @@ def test_race_takes_turns():
 def test_race_does_not_wait_for_the_slow():
     calls = {"slow": lambda: time.sleep(0.02), "quick": lambda: None}
     timings = race(calls, seconds=0.001, rounds=5, warm=False)
-    assert timings["slow"].calls == 3 and timings["quick"].calls >= 5
+    assert timings["slow"].calls == 2 and timings["quick"].calls >= 5
     assert timings["slow"].median >= 0.02 > timings["quick"].median

@@ -81,7 +81,7 @@ def race(
     """Time several calls in turns, so that whatever else the machine does hits all of them alike.
 
     After one call each to warm up (``warm``), each gets at least ``rounds`` turns and ``seconds``,
-    at most 20 x ``rounds`` turns, and three once these took eight times as long as was asked.
+    at most 20 x ``rounds`` turns, and two once these took eight times as long as was asked.
     ``before`` runs untimed before each. ``on_device`` takes the GPU's own clock, which leaves out
     what the host spends on a launch as long as ``before`` keeps the GPU busy meanwhile.
     """
@@ -91,7 +91,7 @@ def race(
         clock(call)
 
     def wants(spent: list[float]) -> bool:
-        slow = len(spent) >= 3 and sum(spent) > 8 * seconds > 0
+        slow = len(spent) >= 2 and sum(spent) > 8 * seconds > 0
         if slow or len(spent) >= 20 * rounds:
             return False
         return len(spent) < rounds or sum(spent) < seconds

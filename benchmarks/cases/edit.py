@@ -57,9 +57,10 @@ def build(setting: Setting, d: int, m: int, k: int, dtype: torch.dtype) -> Work:
         return lambda: ops.edit(w, delta, amount, backend=backend)
 
     contenders = our_contenders("edit", setting, make)
-    line = compiled(setting, _fused, w, delta, amount)
-    eager = Contender("torch add", "eager", lambda: _fused(w, delta, amount))
-    for contender in (*contenders, line, eager):
+    contenders.append(Contender("torch add", "eager", lambda: _fused(w, delta, amount)))
+    if k == 1 or setting.is_cuda:
+        contenders.append(compiled(setting, _fused, w, delta, amount))
+    for contender in contenders:
         contender.dtype = dtype
     rival = Contender(
         f"reconstruct again (m = {m:,}, bfloat16)",
@@ -67,7 +68,7 @@ def build(setting: Setting, d: int, m: int, k: int, dtype: torch.dtype) -> Work:
         lambda: ops.reconstruct(moved, space.basis, space.mean, space.std, dtype),
         dtype,
     )
-    return Work([*contenders, eager, line, rival], check)
+    return Work([*contenders, rival], check)
 
 
 def _fused(w: Tensor, delta: Tensor, amount: float) -> Tensor:

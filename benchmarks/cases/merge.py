@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from w2w_fast import ops
+from w2w_fast import Layout, ops
 
 from ..bench import Case, Contender, Setting, Work, close, compiled, our_contenders
 from . import _inputs
@@ -70,7 +70,8 @@ def build(setting: Setting, dtype: torch.dtype) -> Work:
     peft = Contender("PEFT merge", "rival", lambda: rival.swap(weights), torch.bfloat16)
 
     def facts() -> dict[str, float]:
-        return _drift(setting, weights[0], A[0], B[0], scale)
+        people = _inputs.adapters(lay, 8, seed=20, device=setting.device)
+        return _drift(setting, weights[0], lay, people)
 
     return Work([*contenders, line, peft], check, facts)
 
@@ -113,21 +114,26 @@ class _Peft:
         return [layer.base_layer.weight for layer in self.layers]
 
 
-def _drift(
-    setting: Setting, weight: Tensor, a: Tensor, b: Tensor, scale: float
-) -> dict[str, float]:
+def _drift(setting: Setting, weight: Tensor, lay: Layout, w: Tensor) -> dict[str, float]:
     """The largest change of a pristine weight after many swaps of one module, ours and PEFT's."""
     swaps, theirs = (20, 10) if setting.quick else (10_000, 1_000)
+    pairs = [next(iter(lay.split(one).values())) for one in w]
     before, out = weight.clone(), torch.empty_like(weight)
-    for _ in range(swaps):
-        ops.merge(weight, a, b, scale, out)
-    rival = _Peft([weight], [a], [b], scale)
-    for _ in range(theirs):
-        rival.swap([weight])
-    rival.layers[0].unmerge()
+    for i in range(swaps):
+        ops.merge(weight, *pairs[i % len(pairs)], lay.scale, out)
+    rival = _Peft([weight], [pairs[0][0]], [pairs[0][1]], lay.scale)
+    layer = rival.layers[0]
+    for i in range(theirs):
+        if layer.merged:
+            layer.unmerge()
+        a, b = pairs[i % len(pairs)]
+        layer.lora_A["default"].weight.data = a.to(weight.dtype)
+        layer.lora_B["default"].weight.data = (b * lay.scale).to(weight.dtype)
+        layer.merge()
+    layer.unmerge()
     return {
         f"drift after {swaps:,} swaps, ours": float((weight - before).abs().max()),
         f"drift after {theirs:,} swaps, PEFT": float(
-            (rival.layers[0].base_layer.weight - before).abs().max()
+            (layer.base_layer.weight - before).abs().max()
         ),
     }

@@ -56,7 +56,7 @@ def cases(setting: Setting) -> list[Case]:
             {"b": b, "side": side, "mode": mode, "dtype": name},
             flops=flops(setting.quick, b, side),
             floor=f"gemm {name}",
-            seconds=0.0 if setting.quick else 3.0,
+            seconds=0.0 if setting.quick else 2.5,
         )
         for mode in modes
         for b in (batches if mode != "compile" else batches[-2:-1] or batches)
