@@ -58,6 +58,9 @@ def commit() -> dict[str, Any]:
     A copy of the tree without git is told its commit in W2W_COMMIT.
     """
     folder = Path(__file__).resolve().parent
+    installed = not (
+        folder.parent / "pyproject.toml"
+    ).is_file()  # inside who knows whose repository
 
     def git(*args: str) -> str | None:
         try:
@@ -68,9 +71,9 @@ def commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "HEAD")
+    head = None if installed else git("rev-parse", "HEAD")
     # Results and pages made from them do not change what was measured.
-    changed = git("status", "--porcelain", "--", "..", ":!results", ":!../docs")
+    changed = git("status", "--porcelain", "--", "..", ":!results", ":!../docs") if head else None
     told = os.environ.get("W2W_COMMIT", "unknown")
     return {"commit": head or told, "dirty": None if head is None else bool(changed)}
 
