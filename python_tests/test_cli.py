@@ -22,7 +22,7 @@ from w2w_fast.files import write_tensors
 
 COMMANDS = (
     "populate", "fit", "sample", "edit", "invert", "generate", "export", "import",
-    "import-published", "info", "doctor", "demo",
+    "import-published", "info", "doctor", "demo", "bench",
 )  # fmt: skip
 
 
@@ -231,6 +231,9 @@ BAD = [
     "demo --photo {}/text.txt",
     "demo --out {}/photos",
     "demo --out {}/photos --overwrite",
+    "bench nonsense",
+    "bench edit --device quantum",
+    "bench edit --out {}/text.txt",
 ]
 
 

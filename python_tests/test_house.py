@@ -21,7 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 
 # Data flows one way: a file imports from lines above its own, or from its own package.
-# The last three are leaves: nobody above may need them.
+# The last four are leaves: nobody above may need them.
 LAYERS = [
     {"errors"},
     {"files", "labels", "linear", "testing"},
@@ -34,6 +34,7 @@ LAYERS = [
     {"verbs"},
     {"formats"},
     {"demo"},
+    {"benchmarks"},
     {"cli"},
 ]
 
@@ -171,9 +172,10 @@ def test_only_dispatch_loads_the_extension():
     assert users == ["_dispatch.py"]
 
 
-def test_kernels_folder_is_no_package():
-    """With an __init__.py, other libraries would import it as the package named `kernels`."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+def test_top_folders_are_no_packages():
+    """With an __init__.py, other libraries would import one as the package named `kernels`."""
+    for folder in ("kernels", "benchmarks", "benchmarks/cases"):
+        assert not (ROOT / folder / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("folder", ["w2w_fast", "python_tests", "csrc", "kernels", "benchmarks"])

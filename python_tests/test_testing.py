@@ -1,9 +1,11 @@
 """The comparison that the other tests rely on fails where it should, and says where."""
 
+import time
+
 import pytest
 import torch
 
-from w2w_fast.testing import allowed, assert_close, timer
+from w2w_fast.testing import allowed, assert_close, race, timer
 
 
 def test_failure_names_the_worst_entry():
@@ -44,3 +46,18 @@ def test_timer_counts():
     calls = []
     timing = timer(lambda: calls.append(1), seconds=0.0, calls=3)
     assert timing.calls == 3 and len(calls) == 4 and 0 <= timing.best <= timing.median
+
+
+def test_race_takes_turns():
+    turns = []
+    calls = {name: (lambda name=name: turns.append(name)) for name in "ab"}
+    timings = race(calls, seconds=0.0, rounds=3, before=lambda: turns.append("-"))
+    assert "".join(turns) == "ab" + "-a-b" * 3
+    assert {name: timing.calls for name, timing in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_race_does_not_wait_for_the_slow():
+    calls = {"slow": lambda: time.sleep(0.02), "quick": lambda: None}
+    timings = race(calls, seconds=0.001, rounds=5, warm=False)
+    assert timings["slow"].calls == 2 and timings["quick"].calls >= 5
+    assert timings["slow"].median >= 0.02 > timings["quick"].median

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,59 @@ class Timing:
 
 
 def timer(call: Callable[[], object], seconds: float = 0.2, calls: int = 5) -> Timing:
-    """Time ``call`` for at least ``seconds`` and ``calls`` calls, after one to warm up."""
+    """Time ``call`` alone: a ``race`` of one."""
+    return race({"": call}, seconds, calls)[""]
+
+
+def race(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 0.2,
+    rounds: int = 5,
+    *,
+    before: Callable[[], object] | None = None,
+    on_device: bool = False,
+    warm: bool = True,
+) -> dict[str, Timing]:
+    """Time several calls in turns, so that whatever else the machine does hits all of them alike.
+
+    After one call each to warm up (``warm``), each gets at least ``rounds`` turns and ``seconds``,
+    at most 20 x ``rounds`` turns, and two once these took eight times as long as was asked.
+    ``before`` runs untimed before each. ``on_device`` takes the GPU's own clock, which leaves out
+    what the host spends on a launch as long as ``before`` keeps the GPU busy meanwhile.
+    """
+    clock = _device_seconds if on_device else _wall_seconds
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values() if warm else ():
+        clock(call)
+
+    def wants(spent: list[float]) -> bool:
+        slow = len(spent) >= 2 and sum(spent) > 8 * seconds > 0
+        if slow or len(spent) >= 20 * rounds:
+            return False
+        return len(spent) < rounds or sum(spent) < seconds
+
+    while any(map(wants, times.values())):
+        for name, call in calls.items():
+            if wants(times[name]):
+                if before is not None:
+                    before()
+                times[name].append(clock(call))
+    return {name: Timing(min(t), statistics.median(t), len(t)) for name, t in times.items()}
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
     call()
     synchronize()
-    times: list[float] = []
-    while len(times) < calls or sum(times) < seconds:
-        start = time.perf_counter()
-        call()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return Timing(min(times), statistics.median(times), len(times))
+    return time.perf_counter() - start
+
+
+def _device_seconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -14,6 +14,7 @@ import typer
 from ..errors import InputError
 from . import options as opt
 from . import support as shared
+from .bench import bench
 from .support import MOST_IMAGES
 
 app = typer.Typer(
@@ -480,6 +481,9 @@ def demo(
     from ..demo.run import run
 
     typer.echo(f"report: {run(out, photo, seed=seed, overwrite=overwrite)}")
+
+
+command("bench", HELP, "w2w bench", "w2w bench reconstruct merge --out bench.json")(bench)
 
 
 def _show_attributes(space: Any) -> None:
