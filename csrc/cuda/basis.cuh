@@ -162,13 +162,20 @@ struct Identities {
         return TILES ? identity % 8 : 2 * term + identity;
     }
 
-    // acc[tile] += A * terms for one mma's depth: b the words of all tiles of terms.
-    __device__ __forceinline__ static void multiply(float (&acc)[kSums][4],
+    // sums[tile] += A * terms for one mma's depth, half `half` of the terms in b.
+    __device__ __forceinline__ static void multiply(float (&sums)[kSums][4],
                                                     const std::uint32_t (&a)[4],
-                                                    const std::uint32_t (&b)[kTerms][2]) {
+                                                    const uint4 (&b)[kTerms], int half) {
 #pragma unroll
         for (int i = kTerms; i--;)  // the smallest terms first
-            mma(acc[i % kSums], a[0], a[1], a[2], a[3], b[i][0], b[i][1]);
+            mma(sums[i % kSums], a[0], a[1], a[2], a[3], word(b[i], 2 * half), word(b[i], 2 * half + 1));
+    }
+
+    __device__ __forceinline__ static void add(float (&total)[kSums][4], const float (&sums)[kSums][4]) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) total[i][j] += sums[i][j];
     }
 
     // Lane t's own sums; with TILES = 0 those of the three terms, added in lanes t = 0.

@@ -5,7 +5,7 @@
 //   sum    adds the parts of a sum in one order
 //
 // 16, 8 and 4 bits: the columns of V are the rows of an mma, a warp has 128 bytes of each row. The
-// tensor cores cut a sum instead of rounding it: 1,024 rows are a run of 64.
+// tensor cores cut a sum instead of rounding it: they sum 32 rows at a time.
 #include "../project.h"
 
 #include "basis.cuh"
@@ -110,7 +110,8 @@ __device__ __forceinline__ Place place_of(const Plan& plan) {
 }
 
 template <Dtype T, int TILES>
-__global__ void __launch_bounds__(32 * kWarps) tensor_kernel(ProjectParams p, Stored basis, Plan plan,
+__global__ void __launch_bounds__(32 * kWarps, T == Dtype::bf16 ? 3 : 2)
+    tensor_kernel(ProjectParams p, Stored basis, Plan plan,
                                                              const uint4* terms, float* out) {
     using I = Identities<TILES>;
     constexpr auto kReaders = Readers::columns_of_a_tile;
@@ -140,31 +141,28 @@ __global__ void __launch_bounds__(32 * kWarps) tensor_kernel(ProjectParams p, St
         copies_wait<kStages - 1>();
         __syncwarp();
         const uint4* const slot = slots + stage % kStages * kSlot;
+        uint4 chunks[8];
 #pragma unroll
-        for (int depth = 0; depth < 2; ++depth) {
-            uint4 chunks[4];
+        for (int i = 0; i < 8; ++i)
+            chunks[i] = slot[(t * 8 + i) * kStepChunks + place<kReaders>(t * 8 + i, g)];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = t * 8 + depth * 4 + i;
-                chunks[i] = slot[row * kStepChunks + place<kReaders>(row, g)];
-            }
-            std::uint32_t words[I::kTerms][2];
+        for (int group = 0; group < kGroups<T>; ++group) {
+            std::uint32_t pairs[8][4];
 #pragma unroll
-            for (int i = 0; i < I::kTerms; ++i)
-                words[i][0] = word(b[i], 2 * depth), words[i][1] = word(b[i], 2 * depth + 1);
+            for (int i = 0; i < 8; ++i) decode<T>(chunks[i], group, pairs[i]);
 #pragma unroll
-            for (int group = 0; group < kGroups<T>; ++group) {
-                std::uint32_t pairs[4][4];
+            for (int j = 0; j < 4; ++j) {
+                float run[I::kSums][4] = {};
 #pragma unroll
-                for (int i = 0; i < 4; ++i) decode<T>(chunks[i], group, pairs[i]);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {  // pairs of columns become pairs of rows
-                    const std::uint32_t a[4] = {__byte_perm(pairs[0][j], pairs[1][j], 0x5410),
-                                                __byte_perm(pairs[0][j], pairs[1][j], 0x7632),
-                                                __byte_perm(pairs[2][j], pairs[3][j], 0x5410),
-                                                __byte_perm(pairs[2][j], pairs[3][j], 0x7632)};
-                    I::multiply(acc[group * 4 + j], a, words);
+                for (int depth = 0; depth < 2; ++depth) {  // pairs of columns become pairs of rows
+                    const int i = depth * 4;
+                    const std::uint32_t a[4] = {__byte_perm(pairs[i][j], pairs[i + 1][j], 0x5410),
+                                                __byte_perm(pairs[i][j], pairs[i + 1][j], 0x7632),
+                                                __byte_perm(pairs[i + 2][j], pairs[i + 3][j], 0x5410),
+                                                __byte_perm(pairs[i + 2][j], pairs[i + 3][j], 0x7632)};
+                    I::multiply(run, a, b, depth);
                 }
+                I::add(acc[group * 4 + j], run);
             }
         }
     }

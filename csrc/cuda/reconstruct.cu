@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
 
     constexpr auto kReaders = Readers::rows_of_a_tile;
     const int steps = static_cast<int>(ceil_div(basis.row_bytes, kRowBytes));
-    // The tensor cores cut each sum instead of rounding it: their runs are kept to one step.
+    // The tensor cores cut a sum instead of rounding it: their runs are kept to half a step.
     float total[S::kTall][I::kSums][4] = {};
     // Step -1 only starts copies and writes the terms of step 0.
     for (int step = -1, filled = 0; step < steps; ++step) {
@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
                                   terms + (step + 1) % 2 * S::kTerms);
         if (step < 0) continue;
 
-        float acc[S::kTall][I::kSums][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint4 upper[S::kTall], lower[S::kTall];  // of row g and of row g + 8
@@ -118,6 +117,7 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
                 upper[tall] = slot[r * S::kChunks + place<kReaders>(r, chunk)];
                 lower[tall] = slot[(r + 8) * S::kChunks + place<kReaders>(r + 8, chunk)];
             }
+            float run[S::kTall][I::kSums][4] = {};
 #pragma unroll
             for (int group = 0; group < kGroups<T>; ++group) {
                 uint4 b[I::kTerms];
@@ -130,23 +130,15 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
                     decode<T>(upper[tall], group, up);
                     decode<T>(lower[tall], group, down);
 #pragma unroll
-                    for (int depth = 0; depth < 4; depth += 2) {
-                        const std::uint32_t a[4] = {up[depth], down[depth], up[depth + 1], down[depth + 1]};
-                        std::uint32_t words[I::kTerms][2];
-#pragma unroll
-                        for (int i = 0; i < I::kTerms; ++i)
-                            words[i][0] = word(b[i], depth), words[i][1] = word(b[i], depth + 1);
-                        I::multiply(acc[tall], a, words);
+                    for (int i = 0; i < 2; ++i) {
+                        const std::uint32_t a[4] = {up[2 * i], down[2 * i], up[2 * i + 1], down[2 * i + 1]};
+                        I::multiply(run[tall], a, b, i);
                     }
                 }
             }
+#pragma unroll
+            for (int tall = 0; tall < S::kTall; ++tall) I::add(total[tall], run[tall]);
         }
-#pragma unroll
-        for (int tall = 0; tall < S::kTall; ++tall)
-#pragma unroll
-            for (int i = 0; i < I::kSums; ++i)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) total[tall][i][j] += acc[tall][i][j];
     }
 
 #pragma unroll
