@@ -91,7 +91,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     Meeting all;
-    int votes[2] = {};
+    int votes = 0, counted[2] = {};
     std::unique_ptr<unsigned char[]> shared;
     const std::function<void()>* body;
     std::jmp_buf scheduler;
@@ -230,11 +230,12 @@ inline void __syncwarp() { emulator::meet(emulator::warp().meeting, "__syncwarp"
 
 inline int __syncthreads_count(int vote) {
     auto& block = *emulator::g_block;
-    int& votes = block.votes[block.all.count % 2];
-    block.votes[(block.all.count + 1) % 2] = 0;  // nobody adds to it before all are here
-    votes += vote != 0;
+    const int turn = block.all.count % 2;
+    block.votes += vote != 0;
+    if (block.all.arrived + 1 == block.all.expected)  // the last one counts, for all
+        block.counted[turn] = std::exchange(block.votes, 0);
     emulator::meet(block.all, "__syncthreads_count");
-    return votes;
+    return block.counted[turn];
 }
 
 inline float __shfl_xor_sync(unsigned, float value, int mask) {

@@ -20,6 +20,7 @@ inline std::uint16_t to_f16(float value) {
     const auto sign = static_cast<std::uint16_t>(std::signbit(value) ? 0x8000 : 0);
     if (std::isnan(value)) return 0x7FFF;
     const float size = std::fabs(value);
+    if (size == 0.f) return sign;
     if (size >= 65520.f) return sign | 0x7C00;
     int exponent = 0;
     std::frexp(size, &exponent);  // size in [2^(exponent-1), 2^exponent)
