@@ -1,0 +1,491 @@
+"""The CUDA kernels: run on the host under an emulator, compiled by nvcc, run on a GPU.
+
+``cuda_emulator`` compiles csrc/cuda/*.cu with the C++ compiler: threads are fibers, and the few
+instructions C++ has no word for are written out. So index arithmetic, barriers, copies and
+rounding are tested where there is no GPU; speed and the hardware's own order of sums are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import awkward
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from w2w_fast.ops import _dispatch
+from w2w_fast.ops._native import Kernels
+from w2w_fast.testing import allowed, assert_close
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALF)
+EPS = torch.finfo(torch.float32).eps
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def compiled(commands: list[list[str]]) -> list[str]:
+    """What the commands print, two at a time; fails with the last words of one that fails."""
+
+    def run(command: list[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, commands))
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The extension with its CUDA half for the host, and no CPU half."""
+    cxx = os.environ.get("CXX") or shutil.which("c++")
+    if cxx is None:
+        pytest.skip("no C++ compiler")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 compiles the bindings")
+    out, emulator = tmp_path_factory.mktemp("cuda"), HERE / "cuda_emulator"
+    flags = [cxx, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags += [f"-I{CSRC}", *os.environ.get("W2W_EMULATOR_FLAGS", "").split()]
+    python = f"-I{importlib.import_module('sysconfig').get_path('include')}"
+    named = ['-DW2W_CUDA="emulated"', '-DW2W_VERSION="0"', f"-I{pybind11.get_include()}", python]
+    host = ["-xc++", "-DW2W_EMULATED", f"-I{emulator}"]
+    sources = {
+        CSRC / "bindings.cpp": named,
+        emulator / "cpu_stub.cpp": [],
+        **dict.fromkeys(SOURCES, host),
+    }
+    objects = [str(out / f"{source.name}.o") for source in sources]
+    compiled(
+        [
+            [*flags, *more, "-c", str(source), "-o", name]
+            for (source, more), name in zip(sources.items(), objects, strict=True)
+        ]
+    )
+    library = str(out / "_native.so")
+    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    compiled([[*flags, "-shared", *objects, *link, "-o", library]])
+    spec = importlib.util.spec_from_file_location("_native", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request):
+    """(the kernels, their device)"""
+    if request.param == "emulated":
+        return Kernels(request.getfixturevalue("emulated").cuda, True), "cpu"
+    native = _dispatch.native()
+    if native is None or not hasattr(native, "cuda"):
+        pytest.skip("the extension has no CUDA half")
+    return Kernels(native.cuda, True), "cuda"
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Scratch is poisoned (it reads as NaN), and what lies behind it must stay as it was."""
+    empty, scratch = torch.empty, []
+
+    def poisoned(*args, **kwargs):
+        if kwargs.get("dtype") is not torch.uint8:
+            return empty(*args, **kwargs)
+        whole = empty(args[0] + 64, **kwargs).fill_(255)
+        scratch.append(whole[args[0] :])
+        return whole[: args[0]]
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    assert all((tail == 255).all() for tail in scratch), "a kernel wrote behind its scratch"
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def hollow(*shape, dtype=torch.float32, device="cpu"):
+    """(NaN rows to be written, the larger tensor of 7 around them)."""
+    around = torch.full((*shape[:-1], shape[-1] + 9), 7.0, dtype=dtype, device=device)
+    return around[..., 4:-5].fill_(torch.nan), around
+
+
+def untouched(around):
+    return bool((around[..., :4] == 7).all() and (around[..., -5:] == 7).all())
+
+
+def rows_of(t, how):
+    """t with its rows as they may lie: aligned, one element off, in a wider tensor, or all one."""
+    if how == "repeated":
+        return t[:1].expand_as(t)
+    pad, start = {"tight": (0, 0), "off": (3, 1), "wide": (32, 16)}[how]
+    around = torch.full((t.shape[0], t.shape[1] + pad), 113, dtype=t.dtype)
+    view = around[:, start : start + t.shape[1]]
+    return view.copy_(t)
+
+
+def space(d, m, bits, seed=0, how="tight", device="cpu"):
+    """((basis, mean, std, row_scale), the numbers the basis stands for)."""
+    generator = torch.Generator().manual_seed(seed)
+    row_scale = None
+    if bits >= 16:
+        basis = awkward.normal(d, m, seed=seed, dtype={32: torch.float32, 16: torch.bfloat16}[bits])
+    else:
+        top = 1 << (bits - 1)
+        basis = torch.randint(-top, top, (d, m), generator=generator, dtype=torch.int8)
+        row_scale = awkward.normal(d, seed=seed + 1).abs() / top
+    basis = rows_of(basis, how) if bits > 4 else basis[:1].expand_as(basis) if how == "repeated" else basis
+    exact = basis.double() if row_scale is None else basis.double() * row_scale.double()[:, None]
+    if bits == 4:
+        # The unused half of the last byte holds 15: nothing may come of it.
+        nibbles = torch.full((d, m + m % 2), 15, dtype=torch.uint8)
+        nibbles[:, :m] = (basis + 8).to(torch.uint8)
+        basis = rows_of(nibbles[:, ::2] | nibbles[:, 1::2] << 4, how)
+    std = awkward.normal(d, seed=seed + 2).abs() + 0.1  # else one term outweighs all others
+    std[::5] = 0
+    args = (basis, awkward.normal(d, seed=seed + 3), std, row_scale)
+    return [t if t is None else to(t, device) for t in args], exact
+
+
+def to(t, device):
+    """t there, its strides kept."""
+    if device == "cpu":
+        return t
+    storage = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    return storage.copy_(t)
+
+
+def check_reconstruct(run, c, args, exact, dtype=torch.float32):
+    kernels, device = run
+    basis, mean, std, row_scale = args
+    out, around = hollow(c.shape[0], exact.shape[0], dtype=dtype, device=device)
+    kernels.reconstruct(to(c, device), basis, mean, std, row_scale, out)
+    assert untouched(around)
+    if dtype == torch.float32:
+        mean = torch.zeros(len(std)) if mean is None else mean.cpu()
+        plain = mean + std.cpu() * (c @ exact.float().mT)
+        want = oracle.reconstruct(c, exact, mean, std)
+        terms = mean.abs() + std.cpu() * (c.abs() @ exact.float().abs().mT)
+        assert_close("w", out, want, allowed(plain, want, terms))
+    return out
+
+
+def check_project(run, source, args, exact, divide):
+    kernels, device = run
+    basis, mean, std, row_scale = args
+    out = torch.full((source.shape[0], exact.shape[1]), torch.nan, device=device)
+    kernels.project(to(source, device), basis, mean, std, row_scale, divide, out)
+    wide, std, mean = source.float(), std.cpu(), mean.cpu()
+    if divide:
+        want = oracle.project(source, exact, mean, std)
+        z = (wide - mean) / std.masked_fill(std == 0, torch.inf)
+    else:
+        want = oracle.reconstruct_grad(source, exact, std)
+        z = wide * std
+    terms = z.abs() @ exact.float().abs()
+    assert_close("c", out, want, allowed(z @ exact.float(), want, terms))
+    return out
+
+
+# --- the basis ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("m", [0, 1, 7, 8, 1000, 2600])
+@pytest.mark.parametrize("k", [0, 1, 3, 16, 33])
+def test_reconstruct_and_project(run, k, m, bits):
+    if m == 2600 and k not in (1, 16):
+        pytest.skip("two shapes go round the ring of copies several times")
+    args, exact = space(75, m, bits, seed=k + m, device=run[1])
+    c = awkward.normal(k, m, seed=5)
+    out = check_reconstruct(run, c, args, exact)
+    if m <= 8:
+        for dtype in HALF:
+            narrow = check_reconstruct(run, c, args, exact, dtype)
+            assert torch.equal(narrow, out.to(dtype)), "rounded once, to nearest even"
+    for divide in (True, False):
+        check_project(run, awkward.normal(k, 75, seed=6), args, exact, divide)
+
+
+@pytest.mark.parametrize("how", ["tight", "off", "wide", "repeated"])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("m", [40, 200, 203])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_rows_wherever_they_lie(run, k, m, bits, how):
+    """Copies of 16, 8, 4 and 1 bytes; c, w and the basis with strides of their own."""
+    args, exact = space(150, m, bits, seed=m, how=how, device=run[1])
+    args[1] = to(awkward.normal(150, seed=m + 3), run[1])
+    check_reconstruct(run, rows_of(awkward.normal(k, m, seed=1), how), args, exact)
+    check_project(run, rows_of(awkward.normal(k, 150, seed=2), how), args, exact, True)
+
+
+def test_many_blocks_and_parts(run):
+    """More rows than a block takes, more than one part, more columns than a block takes."""
+    for bits in (32, 16, 8, 4):
+        for k in (1, 16):
+            args, exact = space(2100 if k == 1 else 300, 90, bits, seed=bits, device=run[1])
+            check_reconstruct(run, awkward.normal(k, 90, seed=1), args, exact)
+            for dtype in FLOATS:
+                source = awkward.normal(k, len(exact), seed=2, dtype=dtype)
+                first = check_project(run, source, args, exact, True)
+            assert torch.equal(first, check_project(run, source, args, exact, True))
+
+
+def test_no_mean_and_equal_bits_in_every_batch_of_a_kind(run):
+    args, exact = space(70, 130, 16, device=run[1])
+    args[1] = None
+    c = awkward.normal(16, 130, seed=1)
+    together, three = (check_reconstruct(run, rows, args, exact) for rows in (c, c[:3]))
+    assert torch.equal(together[:3], three)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_nan_and_infinities_reach_only_what_they_touch(run, k, bits):
+    kernels, device = run
+    args, exact = space(40, 19, bits, device=device)
+    args[2].add_(1)
+    args[1][20], args[2][21] = torch.inf, torch.nan
+    c = awkward.normal(k, 19, seed=1)
+    if bits == 8:
+        exact[exact == 0] = 1e-30  # infinity times an integer 0 is NaN, as in the definition
+        args[0][args[0] == 0] = 1
+        exact = args[0].cpu().double() * args[3].cpu().double()[:, None]
+    for value in (torch.nan, torch.inf, -torch.inf):
+        c[0, 3] = value
+        out = torch.empty(k, 40, device=device)
+        kernels.reconstruct(to(c, device), *args, out)
+        assert_close("w", out, oracle.reconstruct(c, exact, args[1], args[2]), 1e-4)
+    w = awkward.normal(k, 40, seed=2)
+    w[0, 5] = torch.inf
+    args[1][20], args[2][21] = 0, 1
+    out = torch.empty(k, 19, device=device)
+    kernels.project(to(w, device), *args, False, out)
+    assert_close("c", out, oracle.reconstruct_grad(w, exact, args[2]), 1e-4)
+    args[2][5] = 0  # fixed: an infinite number in it still shows
+    kernels.project(to(w, device), *args, True, out)
+    assert out[0].isnan().all() and not out[1:].isinf().any()
+
+
+def test_every_bit_of_c_counts(run):
+    """Numbers of all sizes, exactly: one column, and a basis of 1."""
+    kernels, device = run
+    bits = torch.randint(0, 2**31, (64,), generator=torch.Generator().manual_seed(0)).int()
+    c = torch.cat([bits, bits | -(2**31)]).view(torch.float32)[:, None]
+    c = c[c.isfinite().all(1) & (c.abs() > 1e-30).all(1)]
+    one = torch.ones(16, device=device)
+    for basis, row_scale in ((one[:, None].bfloat16(), None), (one[:, None].to(torch.int8), one)):
+        out = torch.empty(len(c), 16, device=device)
+        kernels.reconstruct(to(c, device), basis, None, one, row_scale, out)
+        assert torch.equal(out.cpu(), c.expand(-1, 16))
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def adapters(b, a, r, dtype, t=37, wide=(70, 41), seed=0):
+    n_in, n_out = wide
+    shapes = [(b, t, n_in), (b, t, n_out), (a, r, n_in), (a, n_out, r)]
+    return [awkward.normal(*s, seed=seed + i, dtype=dtype) for i, s in enumerate(shapes)]
+
+
+def gradients(g, x, A, B, index, scale):
+    """(dx, dA, dB, forward's delta) in float64, a sample at a time."""
+    g, x, A, B = map(oracle.f64, (g, x, A, B))
+    scale = np.broadcast_to(oracle.f64(scale), len(x))
+    dx, dA, dB, y = np.zeros_like(x), np.zeros_like(A), np.zeros_like(B), np.zeros_like(g)
+    for i in range(len(x)):
+        a = (i if len(A) > 1 else 0) if index is None else int(index[i])
+        u, s = g[i] @ B[a], x[i] @ A[a].T
+        dx[i], y[i] = scale[i] * u @ A[a], scale[i] * s @ B[a].T
+        dA[a] += scale[i] * u.T @ x[i]
+        dB[a] += scale[i] * g[i].T @ s
+    return dx, dA, dB, y
+
+
+def check_adapted(run, x, base, A, B, index, scale, g):
+    """Both directions, against the oracle: summed in float32, each result rounded once."""
+    kernels, device = run
+    x_, base_, A_, B_, g_ = (to(t, device) for t in (x, base, A, B, g))
+    index_ = None if index is None else index.to(device)
+    scale_ = scale.to(device) if isinstance(scale, torch.Tensor) else scale
+    out, around = hollow(*base.shape, dtype=x.dtype, device=device)
+    dx, around_dx = hollow(*x.shape, dtype=x.dtype, device=device)
+    s, u = (x_.new_full((*x.shape[:2], A.shape[1]), torch.nan, dtype=torch.float32) for _ in "su")
+    dA, dB = (torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (A_, B_))
+    kernels.low_rank(base_, x_, A_, B_, index_, scale_, out, s)
+    kernels.low_rank(None, g_, B_.mT, A_.mT, index_, scale_, dx, u)
+    kernels.outer(u, x_, index_, scale_, dA)
+    kernels.outer(s, g_, index_, scale_, dB.mT)
+    assert untouched(around) and untouched(around_dx)
+    wants = gradients(g, x, A, B, index, scale)
+    wants = (*wants[:3], wants[3] + oracle.f64(base))
+    magnitudes = gradients(*(t.abs() for t in (g, x, A, B)), index, torch.as_tensor(scale).abs())
+    names = zip(("dx", "dA", "dB", "y"), wants, (dx, dA, dB, out), magnitudes, strict=True)
+    for name, want, got, terms in names:
+        rounding = torch.finfo(got.dtype).eps / 2 * np.abs(want).max(initial=0)
+        assert_close(name, got, want, float(rounding + 4 * EPS * terms.max(initial=0)))
+    return out, s, (dA, dB)
+
+
+@pytest.mark.parametrize("r", [1, 2, 4, 16])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_adapted_linear_equals_oracle(run, r, dtype):
+    kernels, device = run
+    for a, index, scale in (
+        (3, None, 0.5),
+        (1, None, awkward.normal(3, seed=8)),
+        (4, torch.tensor([2, 0, 2]), awkward.normal(3, seed=9)),
+    ):
+        x, base, A, B = adapters(3, a, r, dtype, t=5, wide=(72, 41), seed=r + a)
+        g = awkward.normal(*base.shape, seed=7, dtype=dtype)
+        out, s, _ = check_adapted(run, x, base, A, B, index, scale, g)
+        inplace, alone = to(base.clone(), device), torch.full_like(s, torch.nan)
+        args = [to(t, device) if isinstance(t, torch.Tensor) else t for t in (A, B, index, scale)]
+        kernels.low_rank(inplace, to(x, device), *args, inplace, alone)
+        assert torch.equal(inplace, out) and torch.equal(alone, s)
+        kernels.low_rank(None, to(x, device), *args, None, alone.fill_(torch.nan))
+        assert torch.equal(alone, s)
+
+
+@pytest.mark.parametrize("r", [1, 4, 16])
+def test_wide_layers_and_many_tokens(run, r):
+    """More columns than shared memory has room for, 16 bytes at a time, more parts than one."""
+    wide = {1: (4200, 4120), 4: (1100, 1040), 16: (640, 264)}[r]
+    half = torch.bfloat16
+    x, base, A, B = adapters(1, 1, r, half, t=3, wide=wide)
+    check_adapted(run, x, base, A, B, None, 1.0, awkward.normal(*base.shape, seed=7, dtype=half))
+    x, base, A, B = adapters(2, 2, r, torch.float32, t=270, wide=(8, 12))
+    g = awkward.normal(*base.shape, seed=7)
+    first = check_adapted(run, x, base, A, B, None, 2.0, g)[2]
+    again = check_adapted(run, x, base, A, B, None, 2.0, g)[2]
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("view", awkward.VIEWS[1:])
+def test_any_strides_of_an_adapted_linear(run, view, r):
+    x, base, A, B = adapters(3, 3, r, torch.float32, t=5)
+    g = awkward.normal(*base.shape, seed=7)
+    x, base, g = (rows_of(t.flatten(0, 1), "off").unflatten(0, (3, 5)) for t in (x, base, g))
+    check_adapted(run, x, base, view(A), view(B), None, 2.0, g)
+    check_adapted(run, x[:1].expand_as(x), base, A, B, None, 2.0, g[:, :1].expand_as(g))
+
+
+@pytest.mark.parametrize(("b", "t"), [(0, 5), (2, 0), (1, 1), (1, 20)])
+def test_adapted_linear_of_odd_sizes(run, b, t):
+    x, base, A, B = adapters(b, 1, 2, torch.float32, t, wide=(3, 5))
+    check_adapted(run, x, base, A, B, None, 1.0, torch.ones_like(base))
+
+
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_with_their_sample(run, r, value):
+    x, base, A, B = adapters(3, 3, r, torch.float32, t=5)
+    x[0, 0, 0] = value
+    kernels, device = run
+    index = torch.tensor([0, 2, 2], device=device)
+    x, base, A, B = (to(t, device) for t in (x, base, A, B))
+    out, s = torch.empty_like(base), torch.empty(3, 5, r, device=device)
+    kernels.low_rank(base, x, A, B, index, torch.ones(3, device=device), out, s)
+    bad = ~out.isfinite()
+    assert bad[0, 0].all() and int(bad.sum()) == out.shape[2]
+    if r == 1:
+        assert torch.equal(out[0, 0].isnan(), torch.full_like(out[0, 0], value != value).bool())
+    dA = torch.full_like(A, torch.nan)
+    kernels.outer(s, x, index, 1.0, dA)
+    assert not dA[0].isfinite().all() and not dA[1].any() and dA[2].isfinite().all()
+
+
+SIZES = [(7, 33), (64, 64), (0, 5), (1, 1), (65, 128), (130, 8)]
+
+
+def module_table(outs, weights, A, B, device):
+    """(table, tiles): csrc/merge.h"""
+    rows, tiles = [], 0
+    for module in zip(outs, weights, A, B, strict=True):
+        firsts = (outs[0], weights[0], A[0], B[0])
+        at = [t.data_ptr() - f.data_ptr() for t, f in zip(module, firsts, strict=True)]
+        n, k = module[1].shape
+        rows.append([*at, n, k, tiles, 0])
+        tiles += -(-n // 64) * -(-k // 64)
+    return torch.tensor(rows, device=device), tiles
+
+
+def modules(r, dtype, sizes, device, seed=0):
+    """Weights, and A and B as views of one flat adapter, as reconstruct leaves them."""
+    normal = awkward.normal
+    weights = [normal(*s, seed=seed + i, dtype=dtype).to(device) for i, s in enumerate(sizes)]
+    flat, at, A, B = normal(sum(r * (n + k) for n, k in sizes), seed=seed + 99).to(device), 0, [], []
+    for n, k in sizes:
+        A.append(flat[at : at + r * k].view(r, k))
+        B.append(flat[at + r * k : at + r * (n + k)].view(n, r))
+        at += r * (n + k)
+    return weights, A, B
+
+
+@pytest.mark.parametrize("r", [1, 2, 4, 16, 18])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge_equals_oracle(run, r, dtype):
+    kernels, device = run
+    weights, A, B = modules(r, dtype, SIZES, device)
+    held = [hollow(w.numel(), dtype=dtype, device=device) for w in weights]
+    outs = [out.view(w.shape) for (out, _), w in zip(held, weights, strict=True)]
+    table, tiles = module_table(outs, weights, A, B, device)
+    first = outs[0], weights[0], A[0], B[0]
+    kernels.merge(first, table, tiles, r, 1.7, False)
+    assert all(untouched(around) for _, around in held)
+    for out, w, a, b in zip(outs, weights, A, B, strict=True):
+        want = oracle.merge(w, a, b, 1.7)
+        terms = oracle.merge(w.abs(), a.abs(), b.abs(), 1.7).max(initial=0)
+        rounding = torch.finfo(dtype).eps / 2 * np.abs(want).max(initial=0)
+        assert_close("W'", out, want, float(rounding + 4 * EPS * terms))
+    kernels.merge(first, table, tiles, r, 0.0, False)
+    assert all(torch.equal(out, w) for out, w in zip(outs, weights, strict=True))
+
+
+def test_merge_of_aligned_modules_of_many(run):
+    """More modules than a block has threads: the search for a tile's module goes on."""
+    kernels, device = run
+    weights, A, B = modules(1, torch.bfloat16, [(8, 8)] * 300 + [(66, 136)], device)
+    outs = [torch.full_like(w, torch.nan) for w in weights]
+    table, tiles = module_table(outs, weights, A, B, device)
+    kernels.merge((outs[0], weights[0], A[0], B[0]), table, tiles, 1, -2.0, True)
+    for i in (0, 255, 256, 299, 300):
+        want = oracle.merge(weights[i], A[i], B[i], -2.0)
+        assert_close("W'", outs[i], want, 2.0**-8 * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_edit_equals_oracle(run, k, dtype):
+    kernels, device = run
+    for d, delta_type in ((2500, torch.float32), (2176, dtype), (0, dtype)):
+        w = awkward.normal(k, d, seed=1, dtype=dtype).to(device)
+        delta = awkward.normal(d, seed=2, dtype=delta_type).to(device)
+        for amount in (-1.5, awkward.normal(k, seed=3).to(device)):
+            out, around = hollow(k, d, dtype=dtype, device=device)
+            inplace = w.clone()
+            kernels.edit(w, delta, amount, out)
+            kernels.edit(inplace, delta, amount, inplace)
+            assert untouched(around) and torch.equal(inplace, out)
+            want = oracle.edit(w, delta, amount)
+            size = np.abs(want).max(initial=0)
+            rounding = torch.finfo(dtype).eps / 2 * size
+            assert_close("w'", out, want, float(rounding + 4 * EPS * (size + 10)))
+            kernels.edit(w, delta, 0.0, out)
+            assert torch.equal(out, w)
+    w = awkward.normal(1, 99, seed=1, dtype=dtype).to(device).expand(4, 99)
+    out = torch.empty(4, 99, dtype=dtype, device=device)
+    kernels.edit(w, torch.zeros(99, device=device), 1.0, out)
+    assert torch.equal(out, w)
