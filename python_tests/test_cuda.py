@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -144,7 +143,13 @@ def space(d, m, bits, seed=0, how="tight", device="cpu"):
         top = 1 << (bits - 1)
         basis = torch.randint(-top, top, (d, m), generator=generator, dtype=torch.int8)
         row_scale = awkward.normal(d, seed=seed + 1).abs() / top
-    basis = rows_of(basis, how) if bits > 4 else basis[:1].expand_as(basis) if how == "repeated" else basis
+    basis = (
+        rows_of(basis, how)
+        if bits > 4
+        else basis[:1].expand_as(basis)
+        if how == "repeated"
+        else basis
+    )
     exact = basis.double() if row_scale is None else basis.double() * row_scale.double()[:, None]
     if bits == 4:
         # The unused half of the last byte holds 15: nothing may come of it.
@@ -322,7 +327,9 @@ def check_adapted(run, x, base, A, B, index, scale, g):
     out, around = hollow(*base.shape, dtype=x.dtype, device=device)
     dx, around_dx = hollow(*x.shape, dtype=x.dtype, device=device)
     s, u = (x_.new_full((*x.shape[:2], A.shape[1]), torch.nan, dtype=torch.float32) for _ in "su")
-    dA, dB = (torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (A_, B_))
+    dA, dB = (
+        torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (A_, B_)
+    )
     kernels.low_rank(base_, x_, A_, B_, index_, scale_, out, s)
     kernels.low_rank(None, g_, B_.mT, A_.mT, index_, scale_, dx, u)
     kernels.outer(u, x_, index_, scale_, dA)
@@ -426,7 +433,12 @@ def modules(r, dtype, sizes, device, seed=0):
     """Weights, and A and B as views of one flat adapter, as reconstruct leaves them."""
     normal = awkward.normal
     weights = [normal(*s, seed=seed + i, dtype=dtype).to(device) for i, s in enumerate(sizes)]
-    flat, at, A, B = normal(sum(r * (n + k) for n, k in sizes), seed=seed + 99).to(device), 0, [], []
+    flat, at, A, B = (
+        normal(sum(r * (n + k) for n, k in sizes), seed=seed + 99).to(device),
+        0,
+        [],
+        [],
+    )
     for n, k in sizes:
         A.append(flat[at : at + r * k].view(r, k))
         B.append(flat[at + r * k : at + r * (n + k)].view(n, r))

@@ -1,4 +1,4 @@
-"""`w2w bench`: the project's benchmarks on the user's machine."""
+"""The commands that look around: what is in a file, what runs here, the demo, the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,41 @@ import typer
 
 from . import options as opt
 from . import support as shared
+
+
+def info(
+    path: Annotated[str, typer.Argument(help="A space, population, coefficients or LoRA.")],
+) -> None:
+    """Say what is in a space, a population, a coefficients file or a LoRA."""
+    from .info import describe
+
+    for key, value in describe(path):
+        typer.echo(f"{key:<14} {value}")
+
+
+def doctor() -> None:
+    """Versions, devices, and which code serves each operation here, and why."""
+    from .info import examine
+
+    for key, value in examine():
+        typer.echo(f"{key:<14} {value}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("w2w-demo"),
+    photo: Annotated[Path | None, typer.Option(help="A portrait photo to invert too.")] = None,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """A weight space at work in a minute: sampled, edited, inverted, exported; one HTML page."""
+    shared.new_folder(out, overwrite, "report.html")
+    if photo is not None:
+        from ..files import read_image
+
+        read_image(photo)
+    from ..demo.run import run
+
+    typer.echo(f"report: {run(out, photo, seed=seed, overwrite=overwrite)}")
 
 
 def bench(
