@@ -354,7 +354,8 @@ def test_compiled_whole_and_never_again_over_swaps(tiny_unet, layout):
                 live.strength = 0.01 * i if i % 2 else [0.01 * i, 1.0, -1.0]
             got = run(compiled, args)
             if i in (0, 1, 999):
-                assert_close("output", got, run(tiny_unet, args), 1e-6)
+                # The graph holds the definition, eager the kernels: other orders of sums.
+                assert_close("output", got, run(tiny_unet, args), 5e-6)
                 assert (got - base)[3:].abs().max() > 1e-3
         assert counter.frame_count == frames + 1
     assert_close("detached", run(compiled, args), base, 1e-6)

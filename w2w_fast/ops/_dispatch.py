@@ -134,6 +134,18 @@ def forced(wish: str | None) -> bool:
     return bool(wish or os.environ.get("W2W_BACKEND"))
 
 
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a call of an op needs no autograd and no tracer, so that its function will do.
+
+    The way through torch.library costs tens of microseconds of Python, which an eager model pays
+    at each of its modules.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(t is None or (type(t) is Tensor and not (grad and t.requires_grad)) for t in tensors)
+
+
 def choices(op: str) -> list[tuple[str, bool, str]]:
     """(backend, available here, why) of ``op``, for ``w2w doctor`` and the benchmarks."""
     assert op in OPS

@@ -12,6 +12,7 @@ gradient of W is ever formed. Hu et al., LoRA, 2021, section 4.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -282,20 +283,28 @@ def add_low_rank(
     scales ``[b]`` or None. Under torch.compile it is the definition, which the compiler fuses with
     its neighbours, unless a backend is forced.
     """
-    like = x if base is None else base
-    wide, n_out = x.shape, B.shape[1]
-    x = x.to(like.dtype)
-    x = x if x.ndim == 3 else x.reshape(wide[0], math.prod(wide[1:-1]), wide[-1])
-    base = base if base is None or base.ndim == 3 else base.reshape(*x.shape[:2], n_out)
-    A, B = A.to(like.device), B.to(like.device)
-    traced = torch.compiler.is_compiling() and not _dispatch.forced(backend)
-    # Autocast would narrow a float32 x again; the dtypes are settled above.
-    with torch.autocast(x.device.type, enabled=False):
-        if traced:
-            y = low_rank_reference(base, x, A, B, index, scales, scale)[0]
-        else:
-            y = torch.ops.w2w_fast.low_rank.default(base, x, A, B, index, scales, scale, backend)[0]
-    return y if len(wide) == 3 else y.reshape(*wide[:-1], n_out)
+    like, wide = x if base is None else base, x.shape
+    if x.dtype != like.dtype:
+        x = x.to(like.dtype)
+    if A.device != like.device:
+        A, B = A.to(like.device), B.to(like.device)
+    if len(wide) != 3:
+        x = x.reshape(wide[0], math.prod(wide[1:-1]), wide[-1])
+        base = base if base is None else base.reshape(*x.shape[:2], B.shape[1])
+    args = (base, x, A, B, index, scales, scale)
+    if _dispatch.plain(base, x, A, B, scales):
+        call = partial(_forward, *args, backend)
+    elif torch.compiler.is_compiling() and not _dispatch.forced(backend):
+        call = partial(low_rank_reference, *args)
+    else:
+        call = partial(torch.ops.w2w_fast.low_rank.default, *args, backend)
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast would narrow a float32 x again; the dtypes are settled above.
+        with torch.autocast(x.device.type, enabled=False):
+            y = call()[0]
+    else:
+        y = call()[0]
+    return y if len(wide) == 3 else y.reshape(*wide[:-1], y.shape[-1])
 
 
 def low_rank(

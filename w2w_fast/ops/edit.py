@@ -109,4 +109,7 @@ def edit(
                 f"edit: amount: wanted a number or [{w.shape[0]}] (one an identity), "
                 f"got {list(amounts.shape)}"
             )
-    return torch.ops.w2w_fast.edit.default(w, delta, amounts, number, backend)
+    args = (w, delta, amounts, number, backend)
+    if _dispatch.plain(w, delta, amounts):
+        return _forward(*args)
+    return torch.ops.w2w_fast.edit.default(*args)

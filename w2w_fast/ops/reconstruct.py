@@ -115,4 +115,5 @@ def reconstruct(
     shapes("reconstruct", {"d": basis.shape[0]}, c, basis=(basis, None), **given)
     _basis.no_gradient("reconstruct", basis=basis, **constants)
     dtype = c.dtype if dtype is None else dtype
-    return torch.ops.w2w_fast.reconstruct.default(c, basis, mean, std, row_scale, dtype, backend)
+    args = (c, basis, mean, std, row_scale, dtype, backend)
+    return _forward(*args) if _dispatch.plain(c) else torch.ops.w2w_fast.reconstruct.default(*args)
