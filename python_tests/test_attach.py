@@ -103,7 +103,7 @@ def test_gradients_equal_peft(tiny_unet, layout):
 @pytest.mark.slow
 def test_sd15_size_in_bf16_is_as_near_to_float32_as_peft(sd15_unet):
     layout, k = Layout.sd15(), 4
-    w, args = adapters(layout, k), inputs(k, text=768, side=16)
+    w, args = adapters(layout, k), inputs(k, text=768, side=8)
     names = [f"a{i}" for i in range(k)]
     base = run(sd15_unet, args)
     wide = with_peft(sd15_unet, layout, w)
