@@ -11,20 +11,20 @@ namespace w2w::cpu::W2W_ISA {
 namespace {
 
 constexpr int64_t kTokens = 48;         // a piece of low_rank; they stay in L2 from down to up
-constexpr int64_t kTokensPerPart = 240;  // of outer, a multiple of kGroup
+constexpr int64_t kTokensPerPart = 240;  // of outer
 constexpr int64_t kColumns = 1024;       // of outer, a piece
 
 struct Packed {
     const float *down, *up;  // [rank, in], [rank, out]
 };
 
-template <class Adapter>
+template <class T, class Adapter>
 inline void pack_adapter(const LowRankParams& p, int64_t a, float* to) {
     const Adapter* down = static_cast<const Adapter*>(p.down) + a * p.down_a;
     const Adapter* up = static_cast<const Adapter*>(p.up) + a * p.up_a;
     for (int64_t r = 0; r < p.rank; ++r) {
-        pack(down + r * p.down_r, p.down_i, p.in, to + r * p.in);
-        if (p.y) pack(up + r * p.up_r, p.up_n, p.out, to + p.rank * p.in + r * p.out);
+        pack<T>(down + r * p.down_r, p.down_i, p.in, to + r * p.in);
+        if (p.y) pack<T>(up + r * p.up_r, p.up_n, p.out, to + p.rank * p.in + r * p.out);
     }
 }
 
@@ -33,9 +33,7 @@ inline void token_block(const LowRankParams& p, Packed adapter, int64_t b, int64
     const T* x = static_cast<const T*>(p.x) + b * p.x_b + t * p.x_t;
     float* s = p.s + (b * p.tokens + t) * p.rank;
     std::memset(s, 0, static_cast<std::size_t>(rows * p.rank) * sizeof(float));
-    for (int64_t i = 0; i < p.in; i += kChunk)
-        dot<T>(x + i, p.x_t, rows, adapter.down + i, p.in, p.rank, least(p.in - i, kChunk), nullptr,
-               Sums{s, p.rank, 1});
+    dot(x, p.x_t, rows, adapter.down, p.in, p.rank, p.in, Sums{s, p.rank, 1});
     if (!p.y) return;
     T* y = static_cast<T*>(p.y) + b * p.y_b + t * p.y_t;
     const T* base = p.base ? static_cast<const T*>(p.base) + b * p.base_b + t * p.base_t : nullptr;
@@ -49,20 +47,26 @@ inline int64_t adapter_of(const int64_t* index, int64_t adapters, int64_t b) {
 }
 
 // out[a, r, columns]: a's samples in their order, each the sum of its parts in their order.
-template <class Out>
+template <class T, class Out>
 inline void gather_parts(const OuterParams& p, const float* parts, int64_t count, int64_t a,
                          int64_t r, int64_t j, int64_t n) {
-    Out* out = static_cast<Out*>(p.out) + a * p.out_a + r * p.out_r;
-    by_vectors(n, [&](int64_t at, const auto& load, const auto&) {
-        Vec all = zero();
+    float packed[kColumns], all[kColumns];
+    by_vectors(n, [&](int64_t at, const auto& load, const auto& store) {
+        Vec total = zero();
         for (int64_t b = 0; b < p.samples; ++b) {
             if (adapter_of(p.index, p.adapters, b) != a) continue;
             Vec sum = zero();
             for (int64_t i = 0; i < count; ++i)
                 sum = sum + load(parts + ((b * count + i) * p.rank + r) * p.width + j + at);
-            all = fma(splat(p.scales ? p.scales[b] : p.scale), sum, all);
+            total = fma(splat(p.scales ? p.scales[b] : p.scale), sum, total);
         }
-        scatter(out + (j + at) * p.out_n, p.out_n, all, static_cast<int>(least(n - at, kWidth)));
+        store(packed + at, total);
+    });
+    unpack<T>(packed, n, all);
+    Out* out = static_cast<Out*>(p.out) + a * p.out_a + r * p.out_r + j * p.out_n;
+    by_vectors(n, [&](int64_t at, const auto& load, const auto&) {
+        scatter(out + at * p.out_n, p.out_n, load(all + at),
+                static_cast<int>(least(n - at, kWidth)));
     });
 }
 
@@ -77,10 +81,12 @@ void low_rank(const LowRankParams& p, int threads) {
     const bool shared = p.adapters == 1;
     const int64_t packs = shared ? 1 : p.samples, numbers = p.rank * (p.in + p.out);
     const Floats packed(packs * numbers);
-    with_real(p.adapter_dtype, [&](auto number) {
-        for_pieces(packs, useful_workers(threads, packs * numbers * 4), [&](int64_t i, int64_t) {
-            pack_adapter<decltype(number)>(p, adapter_of(p.index, p.adapters, i),
-                                           packed + i * numbers);
+    with_real(p.dtype, [&](auto number) {
+        with_real(p.adapter_dtype, [&](auto factor) {
+            for_pieces(packs, useful_workers(threads, packs * numbers * 4), [&](int64_t i, int64_t) {
+                pack_adapter<decltype(number), decltype(factor)>(
+                    p, adapter_of(p.index, p.adapters, i), packed + i * numbers);
+            });
         });
     });
 
@@ -103,7 +109,8 @@ void outer(const OuterParams& p, int threads) {
     with_real(p.dtype, [&](auto number) {
         using T = decltype(number);
         const int64_t workers = useful_workers(threads, bytes * ceil_div(p.rank, 4));
-        for_pieces(p.samples * parts * blocks, workers, [&](int64_t piece, int64_t) {
+        const Floats scratch(workers * kApart);
+        for_pieces(p.samples * parts * blocks, workers, [&](int64_t piece, int64_t worker) {
             const int64_t b = piece / blocks / parts, part = piece / blocks % parts;
             const int64_t t = part * kTokensPerPart, j = piece % blocks * kColumns;
             const int64_t rows = least(p.tokens - t, kTokensPerPart), n = least(p.width - j, kColumns);
@@ -111,20 +118,25 @@ void outer(const OuterParams& p, int threads) {
             for (int64_t r = 0; r < p.rank; ++r)
                 std::memset(out + r * p.width, 0, static_cast<std::size_t>(n) * sizeof(float));
             const T* feature = static_cast<const T*>(p.feature) + b * p.feature_b + t * p.feature_t;
-            contract<T>(feature + j, p.feature_t, rows,
-                        Factors{p.coefficient + (b * p.tokens + t) * p.rank, p.rank, 1}, p.rank, n,
-                        nullptr, out, p.width);
+            const float* coefficient = p.coefficient + (b * p.tokens + t) * p.rank;
+            const auto factors = [&](int64_t first, int64_t apart, int64_t) {
+                return Factors{coefficient + first * p.rank, apart * p.rank, p.rank};
+            };
+            contract(feature + j, p.feature_t, rows, p.rank, n, factors, scratch + worker * kApart,
+                     out, p.width);
         });
     });
     const int64_t numbers = p.samples * parts * p.rank * p.width;
-    with_real(p.out_dtype, [&](auto number) {
-        for_pieces(p.adapters * p.rank * blocks, useful_workers(threads, numbers * 4),
-                   [&](int64_t piece, int64_t) {
-                       const int64_t a = piece / blocks / p.rank, r = piece / blocks % p.rank;
-                       const int64_t j = piece % blocks * kColumns;
-                       gather_parts<decltype(number)>(p, sums, parts, a, r, j,
-                                                      least(p.width - j, kColumns));
-                   });
+    with_real(p.dtype, [&](auto number) {
+        with_real(p.out_dtype, [&](auto result) {
+            for_pieces(p.adapters * p.rank * blocks, useful_workers(threads, numbers * 4),
+                       [&](int64_t piece, int64_t) {
+                           const int64_t a = piece / blocks / p.rank, r = piece / blocks % p.rank;
+                           const int64_t j = piece % blocks * kColumns;
+                           gather_parts<decltype(number), decltype(result)>(
+                               p, sums, parts, a, r, j, least(p.width - j, kColumns));
+                       });
+        });
     });
 }
 

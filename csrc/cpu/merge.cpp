@@ -29,8 +29,9 @@ inline void band(const MergeParams& p, const MergeModule& module, int64_t begin,
         return;
     }
     float* b = a + p.rank * n;
-    pack(moved<const Adapter>(p.a, module.a_at), 1, p.rank * n, a);
-    pack(moved<const Adapter>(p.b, module.b_at) + begin * p.rank, 1, rows * p.rank, b);
+    for (int64_t r = 0; r < p.rank; ++r)
+        pack<T>(moved<const Adapter>(p.a, module.a_at) + r * n, 1, n, a + r * n);
+    pack<float>(moved<const Adapter>(p.b, module.b_at) + begin * p.rank, 1, rows * p.rank, b);
     update(Update<T>{out, n, weight, n, b, a, n, p.rank, p.scale}, rows, n, past);
 }
 

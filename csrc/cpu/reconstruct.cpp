@@ -7,16 +7,11 @@
 namespace w2w::cpu::W2W_ISA {
 namespace {
 
-// Rows of a tile. With one group of identities there is nothing to come back for: a tile is what
-// is read while memory fetches the next one. With more, 48 rows of one chunk are 96 KB in bf16:
-// they wait in L2 while every group passes. Multiples of every number of rows of dot.h.
-constexpr int64_t kSmallTile = 12, kLargeTile = 48;
 // Rows are handed out in pieces, so that a core busy with something else holds up only one.
-constexpr int64_t kBytesPerPiece = 512 << 10;
+constexpr int64_t kBytesPerPiece = 512 << 10, kSumsPerPiece = 1 << 16;
 
 template <class Out>
-inline void epilogue(const ReconstructParams& p, int64_t first, int64_t rows, const float* sums,
-                     int64_t stride) {
+inline void epilogue(const ReconstructParams& p, int64_t first, int64_t rows, const float* sums) {
     const Basis& basis = p.basis;
     for (int64_t i = 0; i < p.k; ++i) {
         Out* out = static_cast<Out*>(p.out) + i * p.out_stride + first;
@@ -24,28 +19,19 @@ inline void epilogue(const ReconstructParams& p, int64_t first, int64_t rows, co
             Vec gain = load(basis.std + first + r);
             if (basis.row_scale) gain = gain * load(basis.row_scale + first + r);
             const Vec mean = basis.mean ? load(basis.mean + first + r) : zero();
-            store(out + r, fma(gain, load(sums + i * stride + r), mean));
+            store(out + r, fma(gain, load(sums + i * rows + r), mean));
         });
     }
 }
 
+// Rows [begin, begin + rows); sums: scratch for rows * k numbers.
 template <class T>
-inline void piece(const ReconstructParams& p, int64_t tile, int64_t begin, int64_t end,
+inline void piece(const ReconstructParams& p, const float* c, int64_t begin, int64_t rows,
                   float* sums) {
-    const T* basis = static_cast<const T*>(p.basis.rows);
-    const int64_t stride = p.basis.stride, m = p.basis.m;
-    for (int64_t first = begin; first < end; first += tile) {
-        const int64_t rows = least(end - first, tile);
-        const T* v = basis + first * stride;
-        std::memset(sums, 0, static_cast<std::size_t>(tile * p.k) * sizeof(float));
-        for (int64_t j = 0; j < m; j += kChunk) {
-            const T* next = j + kChunk < m ? column(v, j + kChunk) : v + tile * stride;
-            dot(column(v, j), stride, rows, p.c + j, p.c_stride, p.k, least(m - j, kChunk), next,
-                Sums{sums, 1, tile});
-        }
-        with_real(p.out_dtype,
-                  [&](auto out) { epilogue<decltype(out)>(p, first, rows, sums, tile); });
-    }
+    const T* v = static_cast<const T*>(p.basis.rows) + begin * p.basis.stride;
+    std::memset(sums, 0, static_cast<std::size_t>(rows * p.k) * sizeof(float));
+    dot(v, p.basis.stride, rows, c, p.basis.m, p.k, p.basis.m, Sums{sums, 1, rows});
+    with_real(p.out_dtype, [&](auto out) { epilogue<decltype(out)>(p, begin, rows, sums); });
 }
 
 inline int64_t row_bytes(const Basis& basis) {
@@ -63,14 +49,16 @@ void reconstruct(const ReconstructParams& p, int threads) {
     const int64_t d = p.basis.d, groups = ceil_div(p.k, kIdentities);
     if (p.k == 0 || d == 0) return;
     const int64_t bytes = most(row_bytes(p.basis), 1);
-    const int64_t tile = groups == 1 ? kSmallTile : kLargeTile;
-    const int64_t step = tile * most(1, kBytesPerPiece / (bytes * tile));
+    const int64_t wanted = least(kBytesPerPiece / bytes, kSumsPerPiece / p.k);
+    const int64_t step = most(1, wanted / kDotTile) * kDotTile;
     const int64_t workers = useful_workers(threads, d * bytes * groups);
-    const Floats sums(workers * tile * p.k);
+    const Floats sums(workers * step * p.k), c(p.k * p.basis.m);
     with_basis(p.basis.dtype, [&](auto number) {
+        for (int64_t i = 0; i < p.k; ++i)
+            pack<decltype(number)>(p.c + i * p.c_stride, 1, p.basis.m, c + i * p.basis.m);
         for_pieces(ceil_div(d, step), workers, [&](int64_t i, int64_t worker) {
-            piece<decltype(number)>(p, tile, i * step, least((i + 1) * step, d),
-                                    sums + worker * tile * p.k);
+            piece<decltype(number)>(p, c, i * step, least(d - i * step, step),
+                                    sums + worker * step * p.k);
         });
     });
 }

@@ -7,7 +7,8 @@ namespace w2w::cpu::W2W_ISA {
 namespace {
 
 // out[t, n] = base[t, n] + gain * sum_r coefficient[t, r] * factor[r, n]; base null: 0.
-// coefficient and factor are f32, `rank` and factor_stride numbers a row.
+// coefficient and factor are f32, `rank` and factor_stride numbers a row, factor in the order of
+// T's companions.
 template <class T>
 struct Update {
     T* out;
@@ -20,76 +21,85 @@ struct Update {
     float gain;
 };
 
-template <int R, int C, class T, class Load, class Store>
-inline void update_block(const Update<T>& u, int64_t t, int64_t n, const Load& read,
-                         const Store& keep) {
-    Vec acc[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) acc[r][c] = zero();
+// Row t + r of the R rows from t, column vector c of C: sums[r][c].
+template <int R, int C, class T, class Load>
+inline void products(const Update<T>& u, int64_t t, int64_t n, const Load& read,
+                     Vec (&sums)[R][C]) {
     const float* coefficient = u.coefficient + t * u.rank;
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sums[r][c] = zero();
     for (int64_t i = 0; i < u.rank; ++i) {
-        Vec factor[C];
-        for (int c = 0; c < C; ++c) factor[c] = read(u.factor + i * u.factor_stride + n + c * kWidth);
+        const float* factor = u.factor + i * u.factor_stride + n;
+        Vec x[C];
+        for (int c = 0; c < C; ++c) x[c] = read(factor + c * kWidth);
         for (int r = 0; r < R; ++r) {
-            const Vec x = splat(coefficient[r * u.rank + i]);
-            for (int c = 0; c < C; ++c) acc[r][c] = fma(x, factor[c], acc[r][c]);
+            const Vec by = splat(coefficient[r * u.rank + i]);
+            for (int c = 0; c < C; ++c) sums[r][c] = fma(by, x[c], sums[r][c]);
         }
     }
-    const Vec gain = splat(u.gain);
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) {
-            const int64_t at = n + c * kWidth;
-            const Vec base = u.base ? read(u.base + (t + r) * u.base_stride + at) : zero();
-            keep(u.out + (t + r) * u.out_stride + at, fma(gain, acc[r][c], base));
-        }
 }
 
 // Rows [t, t + R) for n columns. Past: with stores past the caches, where rows are aligned.
 template <int R, bool Past, class T>
 inline void update_rows(const Update<T>& u, int64_t t, int64_t n) {
-    const auto read = [](const auto* x) { return load(x); };
-    const auto keep = [](T* out, Vec x) {
-        if constexpr (Past)
-            stream(out, x);
-        else
-            store(out, x);
+    constexpr int W = kWays<T>, C = 4, G = C / W;  // G groups at once: a cache line of 16 bits
+    const Vec gain = splat(u.gain);
+    const auto read = [](const float* x) { return load(x); };
+    const auto groups = [&](int64_t j, auto& sums, int count) {
+        for (int r = 0; r < R; ++r)
+            for (int g = 0; g < count; ++g) {
+                const int64_t at = j + g * kGroup<T>;
+                const T* base = u.base + (t + r) * u.base_stride + at;
+                T* out = u.out + (t + r) * u.out_stride + at;
+                Vec all[W];
+                each_way<T>([&](auto way) {
+                    const Vec from = u.base ? load_way(base, way) : zero();
+                    all[way.value] = fma(gain, sums[r][g * W + way.value], from);
+                });
+                if constexpr (Past)
+                    stream_ways(out, all);
+                else
+                    store_ways(out, all);
+            }
     };
     int64_t j = 0;
-    for (; j + 2 * kWidth <= n; j += 2 * kWidth) update_block<R, 2>(u, t, j, read, keep);
-    for (; j + kWidth <= n; j += kWidth) update_block<R, 1>(u, t, j, read, keep);
-    if (j < n) {
-        const int rest = static_cast<int>(n - j);
-        update_block<R, 1>(
-            u, t, j, [rest](const auto* x) { return load_first(x, rest); },
-            [rest](T* out, Vec x) { store_first(out, x, rest); });
+    for (; j + G * kGroup<T> <= n; j += G * kGroup<T>) {
+        Vec sums[R][C];
+        products<R, C>(u, t, j, read, sums);
+        groups(j, sums, G);
     }
+    for (; j + kGroup<T> <= n; j += kGroup<T>) {
+        Vec sums[R][W];
+        products<R, W>(u, t, j, read, sums);
+        groups(j, sums, 1);
+    }
+    by_vectors(n - j, [&](int64_t at, const auto& load, const auto& store) {
+        Vec sums[R][1];
+        products<R, 1>(u, t, j + at, load, sums);
+        for (int r = 0; r < R; ++r) {
+            const T* base = u.base + (t + r) * u.base_stride + j + at;
+            store(u.out + (t + r) * u.out_stride + j + at,
+                  fma(gain, sums[r][0], u.base ? load(base) : zero()));
+        }
+    });
+}
+
+template <bool Past, class T>
+inline void update_all(const Update<T>& u, int64_t rows, int64_t n) {
+    int64_t t = 0;
+    for (; t + 2 <= rows; t += 2) update_rows<2, Past>(u, t, n);
+    if (t < rows) update_rows<1, Past>(u, t, n);
 }
 
 template <class T>
 inline void update(const Update<T>& u, int64_t rows, int64_t n, bool past) {
-    const std::uintptr_t together =
-        reinterpret_cast<std::uintptr_t>(u.out) | static_cast<std::uintptr_t>(u.out_stride) * sizeof(T);
-    past = past && together % (kWidth * sizeof(T)) == 0;
-    int64_t t = 0;
-    for (; t + 4 <= rows; t += 4) past ? update_rows<4, true>(u, t, n) : update_rows<4, false>(u, t, n);
-    for (; t < rows; ++t) past ? update_rows<1, true>(u, t, n) : update_rows<1, false>(u, t, n);
-    if (past) stream_end();
-}
-
-// n numbers at a distance from each other, widened.
-template <class T>
-inline void pack(const T* x, int64_t stride, int64_t n, float* out) {
-    if (stride == 1) {
-        by_vectors(n, [&](int64_t i, const auto& load, const auto& store) {
-            store(out + i, load(x + i));
-        });
-        return;
-    }
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(out + i, gather(x + i * stride, stride, kWidth));
-    if (i < n) {
-        const int rest = static_cast<int>(n - i);
-        store_first(out + i, gather(x + i * stride, stride, rest), rest);
+    const std::uintptr_t places = reinterpret_cast<std::uintptr_t>(u.out) |
+                                  static_cast<std::uintptr_t>(u.out_stride) * sizeof(T);
+    if (past && places % (kGroup<T> * sizeof(T)) == 0) {
+        update_all<true>(u, rows, n);
+        stream_end();
+    } else {
+        update_all<false>(u, rows, n);
     }
 }
 

@@ -7,8 +7,8 @@ namespace w2w::cpu::W2W_ISA {
 namespace {
 
 constexpr int kWidth = 16;
-constexpr int kDotRows = 6;      // x 4 identities, 6 rows and a coefficient: 31 registers
-constexpr int kSumColumns = 24;  // with 6 columns and a coefficient: 31 registers
+constexpr int kDotRows = 6;     // of dot.h: 6 x 4 sums, 6 rows and a coefficient: 31 registers
+constexpr int kSumColumns = 4;  // of contract.h: 6 x 4 sums, 4 columns and a factor: 29 registers
 
 using Vec = __m512;
 
@@ -50,6 +50,12 @@ template <class Half>
 inline Vec load(const Half* x) {
     return widen(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
+inline Vec load_way(const bf16* x, Way<0>) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(x), 16));
+}
+inline Vec load_way(const bf16* x, Way<1>) {
+    return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_loadu_si512(x), _mm512_set1_epi32(-65536)));
+}
 inline Vec load_first(const float* x, int n) { return _mm512_maskz_loadu_ps(first(n), x); }
 inline Vec load_first(const std::int8_t* x, int n) {
     return widen(x, _mm_maskz_loadu_epi8(first(n), x));
@@ -62,14 +68,19 @@ inline Vec load_first(const Half* x, int n) {
     return widen(x, _mm256_maskz_loadu_epi16(first(n), x));
 }
 
-inline __m256i round_to(const bf16*, Vec x) {
-    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_epi32(high, _mm512_set1_epi32(1));
+inline __m512i round_high(Vec x) {  // to bf16, in the upper half of the bits
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    const __m512i quiet = _mm512_or_epi32(high, _mm512_set1_epi32(0x40));
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    return _mm512_mask_add_epi32(bits, number, bits, half);
+}
+inline __m256i round_to(const bf16*, Vec x) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_high(x), 16));
+}
+inline __m512i round_ways(const Vec (&x)[2]) {
+    const __m512i low = _mm512_srli_epi32(round_high(x[0]), 16);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, round_high(x[1]));
 }
 inline __m256i round_to(const f16*, Vec x) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -85,10 +96,13 @@ template <class Half>
 inline void store_first(Half* out, Vec x, int n) {
     _mm256_mask_storeu_epi16(out, first(n), round_to(out, x));
 }
-inline void stream(float* out, Vec x) { _mm512_stream_ps(out, x); }
-template <class Half>
-inline void stream(Half* out, Vec x) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), round_to(out, x));
+inline void store_ways(bf16* out, const Vec (&x)[2]) { _mm512_storeu_si512(out, round_ways(x)); }
+inline void stream_ways(float* out, const Vec (&x)[1]) { _mm512_stream_ps(out, x[0]); }
+inline void stream_ways(f16* out, const Vec (&x)[1]) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), round_to(out, x[0]));
+}
+inline void stream_ways(bf16* out, const Vec (&x)[2]) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), round_ways(x));
 }
 inline void stream_end() { _mm_sfence(); }
 

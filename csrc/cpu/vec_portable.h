@@ -5,8 +5,8 @@ namespace w2w::cpu::W2W_ISA {
 namespace {
 
 constexpr int kWidth = 4;
-constexpr int kDotRows = 3;      // rows x identities of dot.h that fit the registers
-constexpr int kSumColumns = 12;  // vectors of sums of contract.h that fit the registers
+constexpr int kDotRows = 3;     // of dot.h
+constexpr int kSumColumns = 2;  // of contract.h
 
 using Vec = float __attribute__((vector_size(16)));
 using Bits = std::uint32_t __attribute__((vector_size(16)));
@@ -36,6 +36,10 @@ inline Vec load(const float* x) { return read<Vec>(x); }
 inline Vec load(const bf16* x) {
     return reinterpret_cast<Vec>(__builtin_convertvector(read<Halves>(x), Bits) << 16);
 }
+inline Vec load_way(const bf16* x, Way<0>) { return reinterpret_cast<Vec>(read<Bits>(x) << 16); }
+inline Vec load_way(const bf16* x, Way<1>) {
+    return reinterpret_cast<Vec>(read<Bits>(x) & 0xffff0000);
+}
 inline Vec load(const f16* x) {
     const Bits half = __builtin_convertvector(read<Halves>(x), Bits);
     // The bits in place as an f32's are the number times 2^-112, subnormal or not.
@@ -57,11 +61,15 @@ inline void put(void* out, Bits low) {
     const Halves halves = __builtin_convertvector(low, Halves);
     std::memcpy(out, &halves, sizeof halves);
 }
-inline void store(bf16* out, Vec x) {
+inline Bits round_high(Vec x) {  // to bf16, in the upper half of the bits
     const Bits bits = reinterpret_cast<Bits>(x);
-    const Bits nan = reinterpret_cast<Bits>(x != x);
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    put(out, (nan & (bits >> 16 | 0x40)) | (~nan & rounded));
+    const Bits number = reinterpret_cast<Bits>(x == x);
+    return bits + (number & (0x7fff + ((bits >> 16) & 1)));
+}
+inline void store(bf16* out, Vec x) { put(out, round_high(x) >> 16); }
+inline void store_ways(bf16* out, const Vec (&x)[2]) {
+    const Bits both = round_high(x[0]) >> 16 | (round_high(x[1]) & 0xffff0000);
+    std::memcpy(out, &both, sizeof both);
 }
 inline void store(f16* out, Vec x) {
     const Bits bits = reinterpret_cast<Bits>(x), magnitude = bits & 0x7fffffff;
@@ -78,9 +86,10 @@ inline void store(f16* out, Vec x) {
     put(out, half | (bits >> 16 & 0x8000));
 }
 
+inline void stream_ways(bf16* out, const Vec (&x)[2]) { store_ways(out, x); }
 template <class T>
-inline void stream(T* out, Vec x) {
-    store(out, x);
+inline void stream_ways(T* out, const Vec (&x)[1]) {
+    store(out, x[0]);
 }
 inline void stream_end() {}
 
