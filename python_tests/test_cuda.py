@@ -58,7 +58,7 @@ def emulated(tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 compiles the bindings")
     out, emulator = tmp_path_factory.mktemp("cuda"), HERE / "cuda_emulator"
     flags = [cxx, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
-    flags += [f"-I{CSRC}", *os.environ.get("W2W_EMULATOR_FLAGS", "").split()]
+    flags += [f"-I{CSRC}"]
     python = f"-I{importlib.import_module('sysconfig').get_path('include')}"
     named = ['-DW2W_CUDA="emulated"', '-DW2W_VERSION="0"', f"-I{pybind11.get_include()}", python]
     host = ["-xc++", "-DW2W_EMULATED", f"-I{emulator}"]
@@ -144,7 +144,13 @@ def space(d, m, bits, seed=0, how="tight", device="cpu"):
         top = 1 << (bits - 1)
         basis = torch.randint(-top, top, (d, m), generator=generator, dtype=torch.int8)
         row_scale = awkward.normal(d, seed=seed + 1).abs() / top
-    basis = rows_of(basis, how) if bits > 4 else basis[:1].expand_as(basis) if how == "repeated" else basis
+    basis = (
+        rows_of(basis, how)
+        if bits > 4
+        else basis[:1].expand_as(basis)
+        if how == "repeated"
+        else basis
+    )
     exact = basis.double() if row_scale is None else basis.double() * row_scale.double()[:, None]
     if bits == 4:
         # The unused half of the last byte holds 15: nothing may come of it.
@@ -322,7 +328,9 @@ def check_adapted(run, x, base, A, B, index, scale, g):
     out, around = hollow(*base.shape, dtype=x.dtype, device=device)
     dx, around_dx = hollow(*x.shape, dtype=x.dtype, device=device)
     s, u = (x_.new_full((*x.shape[:2], A.shape[1]), torch.nan, dtype=torch.float32) for _ in "su")
-    dA, dB = (torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (A_, B_))
+    dA, dB = (
+        torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (A_, B_)
+    )
     kernels.low_rank(base_, x_, A_, B_, index_, scale_, out, s)
     kernels.low_rank(None, g_, B_.mT, A_.mT, index_, scale_, dx, u)
     kernels.outer(u, x_, index_, scale_, dA)
@@ -426,7 +434,12 @@ def modules(r, dtype, sizes, device, seed=0):
     """Weights, and A and B as views of one flat adapter, as reconstruct leaves them."""
     normal = awkward.normal
     weights = [normal(*s, seed=seed + i, dtype=dtype).to(device) for i, s in enumerate(sizes)]
-    flat, at, A, B = normal(sum(r * (n + k) for n, k in sizes), seed=seed + 99).to(device), 0, [], []
+    flat, at, A, B = (
+        normal(sum(r * (n + k) for n, k in sizes), seed=seed + 99).to(device),
+        0,
+        [],
+        [],
+    )
     for n, k in sizes:
         A.append(flat[at : at + r * k].view(r, k))
         B.append(flat[at + r * k : at + r * (n + k)].view(n, r))
@@ -489,3 +502,105 @@ def test_edit_equals_oracle(run, k, dtype):
     out = torch.empty(4, 99, dtype=dtype, device=device)
     kernels.edit(w, torch.zeros(99, device=device), 1.0, out)
     assert torch.equal(out, w)
+
+
+# --- nvcc, and what only a GPU shows ------------------------------------------------------------
+
+
+def kernel_name(mangled: str) -> str:
+    """tensor_kernel(16 bits, 2) of a mangled entry: the function and its template arguments."""
+    name = re.search(r"\d([a-z][a-z0-9_]*_kernel)(I.*?E)?E?v", mangled)
+    assert name, mangled
+    values = re.findall(r"L(?:N3w2w5DtypeE|[ib])(\d+)E", name[2] or "")
+    return f"{name[1]}<{', '.join(values)}>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_and_spills_nothing(capability, tmp_path):
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc: put it on PATH or set CUDACXX")
+    flags = ["-std=c++17", "-O3", "-Xptxas", "-v"]
+    flags += [f"-gencode=arch=compute_{capability},code=sm_{capability}"]
+    texts = compiled(
+        [[nvcc, *flags, "-c", str(f), "-o", str(tmp_path / f"{f.stem}.o")] for f in SOURCES]
+    )
+    spilling, found = [], 0
+    for source, text in zip(SOURCES, texts, strict=True):
+        entries = re.findall(
+            r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+            text,
+            re.DOTALL,
+        )
+        for mangled, spills, registers in entries:
+            line = f"{source.stem} {kernel_name(mangled)}"
+            print(f"sm_{capability} {line}: {registers} registers, {spills} bytes spilled")
+            spilling += [line] if int(spills) else []
+            found += 1
+    assert found >= 40 and spilling == []
+
+
+@pytest.mark.gpu
+def test_kernels_are_captured_in_a_graph():
+    """Every launch in one CUDA graph; replayed with new inputs it gives what calls give."""
+    native = _dispatch.native()
+    if native is None or not hasattr(native, "cuda"):
+        pytest.skip("the extension has no CUDA half")
+    kernels, device = Kernels(native.cuda, True), "cuda"
+    args, _ = space(3000, 500, 16, device=device)
+    c = awkward.normal(3, 500, seed=1).to(device)
+    x, base, A, B = (t.to(device) for t in adapters(3, 3, 2, torch.bfloat16))
+    weights, As, Bs = modules(1, torch.bfloat16, SIZES, device)
+    outs = [torch.empty_like(w) for w in weights]
+    table, tiles = module_table(outs, weights, As, Bs, device)
+    w, again, stepped = (torch.empty(3, n, device=device) for n in (3000, 500, 3000))
+    y, s, dA = torch.empty_like(base), torch.empty(3, 37, 2, device=device), torch.empty_like(A)
+
+    def calls() -> list[torch.Tensor]:
+        kernels.reconstruct(c, *args, w)
+        kernels.project(w, *args, True, again)
+        kernels.edit(w, args[1], 0.5, stepped)
+        kernels.low_rank(base, x, A, B, None, 1.0, y, s)
+        kernels.outer(s, x, None, 1.0, dA)
+        kernels.merge((outs[0], weights[0], As[0], Bs[0]), table, tiles, 1, 1.0, False)
+        return [t.clone() for t in (w, again, stepped, y, dA, *outs)]
+
+    calls()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = calls()
+    for t in (c, x, As[0]):
+        t.mul_(-2)
+    graph.replay()
+    assert all(torch.equal(p, q) for p, q in zip(captured, calls(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_basis_of_more_than_2_to_the_31_numbers(bits):
+    """The last rows of a basis, where 32-bit offsets would have gone round."""
+    native = _dispatch.native()
+    if native is None or not hasattr(native, "cuda"):
+        pytest.skip("the extension has no CUDA half")
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("less than 12 GiB of free GPU memory")
+    kernels, m = Kernels(native.cuda, True), 10_000
+    d = (1 << (33 if bits == 4 else 32)) // m + 100
+    (rows, mean, std, row_scale), exact = space(100, m, bits, device="cuda")
+    basis = torch.zeros(d, rows.shape[1], dtype=rows.dtype, device="cuda")
+    basis[-100:] = rows
+    long = [None if t is None else torch.ones(d, device="cuda") for t in (mean, std, row_scale)]
+    for t, values in zip(long, (mean, std, row_scale), strict=True):
+        if t is not None:
+            t[-100:] = values
+    c = awkward.normal(2, m, seed=1)
+    out = torch.empty(2, d, device="cuda")
+    kernels.reconstruct(c.cuda(), basis, *long, out)
+    short = check_reconstruct((kernels, "cuda"), c, [rows, mean, std, row_scale], exact)
+    assert torch.equal(out[:, -100:], short)
+    back, w = torch.empty(2, m, device="cuda"), out.clone()
+    w[:, :-100] = 1
+    kernels.project(w, basis, *long, True, back)
+    want = oracle.project(w[:, -100:], exact, mean, std)
+    assert_close("c", back, want, 1e-4 * float(np.abs(want).max()))
