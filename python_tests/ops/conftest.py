@@ -1,12 +1,14 @@
 """The backends that the tests of ops run on.
 
 By default what this process can run: torch, the native extension where it is built, and on a
-machine with a GPU cuda and triton there. W2W_TEST_BACKENDS=triton with TRITON_INTERPRET=1 runs
-the same tests on Triton's interpreter (test_triton.py does).
+machine with a GPU cuda and triton there. Without one the same tests run on what stands for it:
+W2W_TEST_BACKENDS=triton with TRITON_INTERPRET=1 on Triton's interpreter (test_triton.py), and
+W2W_TEST_BACKENDS=cuda with W2W_EMULATED, the extension built for the emulator (test_cuda.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import awkward
@@ -16,7 +18,12 @@ import torch
 from w2w_fast.ops import _dispatch
 
 ON_GPU = ("cuda", "triton")
-ASKED = os.environ.get("W2W_TEST_BACKENDS")
+ASKED, EMULATED = os.environ.get("W2W_TEST_BACKENDS"), os.environ.get("W2W_EMULATED")
+if EMULATED:
+    spec = importlib.util.spec_from_file_location("_native", EMULATED)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _dispatch.native, _dispatch.DEVICES["cuda"] = lambda: module, "cpu"
 PARAMS = [
     pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU and not ASKED else ())
     for name in (ASKED.split(",") if ASKED else _dispatch.BACKENDS)
