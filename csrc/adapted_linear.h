@@ -7,6 +7,7 @@
 // Forward is low_rank with down = A, up = B. Backward of y's gradient g is low_rank with x = g,
 // down = B^T, up = A^T (so s is u = g B, y is dx), then dA = outer(u, x) and dB^T = outer(s, g).
 // a, the adapter of sample b, is index[b]; without an index b itself, or 0 where adapters = 1.
+// An index outside of [0, adapters) is undefined: looking would make the caller wait for the GPU.
 // Sums are f32; each result is rounded once. dW is never formed.
 #pragma once
 

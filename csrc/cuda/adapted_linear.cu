@@ -12,15 +12,15 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTokens = 4;        // a warp
-constexpr int kNumbers = 4096;    // of down or up in shared memory at a time: 16 KB
+constexpr int kTokens = 4;  // a warp
+constexpr int kNumbers = 4096;  // of down or up in shared memory at a time: 16 KB
 
 __device__ __forceinline__ i64 adapter(const i64* index, i64 adapters, i64 b) {
     return index ? index[b] : adapters == 1 ? 0 : b;
 }
 
-// Columns first.. of one adapter's down or up as f32: [R][numbers of a chunk / 4][chunk][4], so that
-// lanes read 16 bytes side by side. Ranks and columns that are not there are 0.
+// Columns first.. of one adapter's down or up as f32: [R][numbers of a chunk / 4][chunk][4], so
+// that lanes read 16 bytes side by side. Ranks and columns that are not there are 0.
 template <int R, int CHUNK>
 __device__ void stage(const void* from, Dtype type, i64 stride_r, i64 stride_n, int rank, i64 first,
                       i64 n, float* to) {
@@ -39,7 +39,8 @@ __device__ void stage(const void* from, Dtype type, i64 stride_r, i64 stride_n, 
 
 // What stage left for chunk `chunk` of rank r.
 template <int R, int CHUNK>
-__device__ __forceinline__ void staged(const float* from, int r, int chunk, float (&values)[CHUNK]) {
+__device__ __forceinline__ void staged(const float* from, int r, int chunk,
+                                       float (&values)[CHUNK]) {
     constexpr int kChunks = kNumbers / R / CHUNK;
 #pragma unroll
     for (int plane = 0; plane < CHUNK / 4; ++plane) {
@@ -55,7 +56,8 @@ struct Vectors {
 };
 
 template <Dtype T, int R>
-__global__ void __launch_bounds__(kThreads) low_rank_kernel(LowRankParams p, i64 blocks, Vectors vectors) {
+__global__ void __launch_bounds__(kThreads)
+    low_rank_kernel(LowRankParams p, i64 blocks, Vectors vectors) {
     constexpr int kN = kChunk<T>, kColumns = kNumbers / R;
     auto* const shared = reinterpret_cast<float*>(shared_memory());
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = static_cast<int>(p.rank);
@@ -67,12 +69,13 @@ __global__ void __launch_bounds__(kThreads) low_rank_kernel(LowRankParams p, i64
     const void* const up = static_cast<const unsigned char*>(p.up) + offset_up;
 
     // 16 bytes of each of the warp's tokens, zero where there is no such token or column.
-    const auto load = [&](const void* from, i64 stride_b, i64 stride_t, i64 column, i64 n, bool vector,
-                          uint4(&chunks)[kTokens]) {
+    const auto load = [&](const void* from, i64 stride_b, i64 stride_t, i64 column, i64 n,
+                          bool vector, uint4(&chunks)[kTokens]) {
 #pragma unroll
         for (int q = 0; q < kTokens; ++q) {
             const i64 count = token + q < p.tokens ? n - column : 0;
-            chunks[q] = load_chunk<T>(from, b * stride_b + (token + q) * stride_t + column, count, vector);
+            chunks[q] =
+                load_chunk<T>(from, b * stride_b + (token + q) * stride_t + column, count, vector);
         }
     };
 
@@ -121,7 +124,8 @@ __global__ void __launch_bounds__(kThreads) low_rank_kernel(LowRankParams p, i64
         __syncthreads();
         stage<R, kN>(up, p.adapter_dtype, p.up_r, p.up_n, rank, first, p.out, shared);
         __syncthreads();
-        if (first && p.base) load(p.base, p.base_b, p.base_t, first + lane * kN, end, vectors.base, next);
+        if (first && p.base)
+            load(p.base, p.base_b, p.base_t, first + lane * kN, end, vectors.base, next);
         for (i64 column = first + lane * kN; column < end; column += 32 * kN) {
             float y[kTokens][kN];
 #pragma unroll
@@ -140,7 +144,8 @@ __global__ void __launch_bounds__(kThreads) low_rank_kernel(LowRankParams p, i64
 #pragma unroll
             for (int q = 0; q < kTokens; ++q) {
                 const i64 count = token + q < p.tokens ? end - column : 0;
-                store_chunk<T>(p.y, b * p.y_b + (token + q) * p.y_t + column, count, vectors.y, y[q]);
+                store_chunk<T>(p.y, b * p.y_b + (token + q) * p.y_t + column, count, vectors.y,
+                               y[q]);
             }
         }
     }
@@ -151,8 +156,8 @@ constexpr i64 kTokensAPart = 256;
 
 // parts [sample, part, rank, width]: a warp sums every eighth token, R ranks, 16 bytes a lane.
 template <Dtype T, int R>
-__global__ void __launch_bounds__(32 * kOuterWarps) outer_kernel(OuterParams p, i64 parts, i64 ranks,
-                                                                 i64 tiles, bool vector, float* out) {
+__global__ void __launch_bounds__(32 * kOuterWarps)
+    outer_kernel(OuterParams p, i64 parts, i64 ranks, i64 tiles, bool vector, float* out) {
     constexpr int kN = kChunk<T>, kWidth = 32 * kN;
     auto* const shared = reinterpret_cast<float*>(shared_memory());  // [kOuterWarps][R][kWidth]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -193,8 +198,8 @@ __global__ void __launch_bounds__(32 * kOuterWarps) outer_kernel(OuterParams p, 
 }
 
 // out[adapter]: the parts of its samples, times each sample's scale, in order.
-__global__ void __launch_bounds__(kThreads) gather_kernel(OuterParams p, i64 parts, i64 blocks,
-                                                          const float* sums) {
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(OuterParams p, i64 parts, i64 blocks, const float* sums) {
     const i64 a = blockIdx.x / blocks, n = p.rank * p.width;
     const i64 i = blockIdx.x % blocks * kThreads + threadIdx.x;
     if (i >= n) return;
@@ -208,7 +213,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(OuterParams p, i64 par
         for (i64 part = 0; part < parts; ++part) sum += sums[(b * parts + part) * n + i];
         acc = fmaf(p.scales ? p.scales[b] : p.scale, sum, acc);
     }
-    store_number(p.out, p.out_dtype, a * p.out_a + i / p.width * p.out_r + i % p.width * p.out_n, acc);
+    store_number(p.out, p.out_dtype, a * p.out_a + i / p.width * p.out_r + i % p.width * p.out_n,
+                 acc);
 }
 
 // Whether rows of a [b, t] of tensors begin at multiples of 16 bytes.
@@ -224,8 +230,8 @@ void run_low_rank(const LowRankParams& p, void* stream) {
                       vectors(p.base, T, p.samples, p.base_b, p.tokens, p.base_t),
                       vectors(p.y, T, p.samples, p.y_b, p.tokens, p.y_t)};
     const i64 blocks = ceil_div(p.tokens, kWarps * kTokens);
-    launch("low_rank", low_rank_kernel<T, R>, p.samples * blocks, kThreads, kNumbers * sizeof(float),
-           stream, p, blocks, all);
+    launch("low_rank", low_rank_kernel<T, R>, p.samples * blocks, kThreads,
+           kNumbers * sizeof(float), stream, p, blocks, all);
 }
 
 template <Dtype T, int R>
@@ -271,7 +277,8 @@ void outer(const OuterParams& p, void* scratch, void* stream) {
                 run_outer<kType, 4>(p, parts, sums, stream);
         });
     const i64 blocks = ceil_div(p.rank * p.width, kThreads);
-    launch("outer", gather_kernel, p.adapters * blocks, kThreads, 0, stream, p, parts, blocks, sums);
+    launch("outer", gather_kernel, p.adapters * blocks, kThreads, 0, stream, p, parts, blocks,
+           sums);
 }
 
 }  // namespace w2w::cuda

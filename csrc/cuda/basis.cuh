@@ -21,7 +21,9 @@ constexpr int kStepChunks = kRowBytes / 16;
 
 // Columns in 8 bits of memory times 2: bf16 1, i8 2, u4 4. Also: groups of 8 columns in 16 bytes.
 template <Dtype T>
-inline constexpr int kGroups = T == Dtype::bf16 ? 1 : T == Dtype::i8 ? 2 : 4;
+inline constexpr int kGroups = T == Dtype::bf16 ? 1
+                               : T == Dtype::i8 ? 2
+                                                : 4;
 
 template <Dtype T>
 inline constexpr int kStepColumns = kGroups<T> * kRowBytes / 2;
@@ -63,7 +65,8 @@ __device__ __forceinline__ int place(int row, int chunk) {
 // Starts the copy of bytes at.. of rows first.. to `slot` [ROWS][CHUNKS] of 16 bytes; zeros
 // outside of the basis. To be followed by copies_commit, copies_wait and __syncwarp.
 template <Readers READERS, int ROWS, int CHUNKS>
-__device__ __forceinline__ void fill(const Stored& basis, uint4* slot, i64 first, i64 at, int lane) {
+__device__ __forceinline__ void fill(const Stored& basis, uint4* slot, i64 first, i64 at,
+                                     int lane) {
     const auto copy = [&](int i, auto each) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         const i64 begin = at + chunk * 16;
@@ -71,8 +74,8 @@ __device__ __forceinline__ void fill(const Stored& basis, uint4* slot, i64 first
         if (first + row >= basis.d) inside = 0;
         const unsigned char* from = basis.rows;
         if (inside) from += (first + row) * basis.stride + begin;
-        each(reinterpret_cast<unsigned char*>(slot + row * CHUNKS + place<READERS>(row, chunk)), from,
-             inside);
+        each(reinterpret_cast<unsigned char*>(slot + row * CHUNKS + place<READERS>(row, chunk)),
+             from, inside);
     };
     if (basis.width == 16) {
 #pragma unroll 4
@@ -141,7 +144,8 @@ __device__ __forceinline__ void split(const float (&values)[8], uint4 (&terms)[3
         std::uint32_t words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            words[i] = __byte_perm(parts[term][column<T>(i, 0)], parts[term][column<T>(i, 1)], 0x7632);
+            words[i] =
+                __byte_perm(parts[term][column<T>(i, 0)], parts[term][column<T>(i, 1)], 0x7632);
         terms[term] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
@@ -153,7 +157,7 @@ template <int TILES>
 struct Identities {
     static constexpr int kMost = TILES ? 8 * TILES : 2;
     static constexpr int kTerms = TILES ? 3 * TILES : 1;  // tiles of terms
-    static constexpr int kSums = TILES ? TILES : 1;       // tiles of sums
+    static constexpr int kSums = TILES ? TILES : 1;  // tiles of sums
 
     __device__ static int tile(int term, int identity) {
         return TILES ? term * TILES + identity / 8 : 0;
@@ -168,10 +172,12 @@ struct Identities {
                                                     const uint4 (&b)[kTerms], int half) {
 #pragma unroll
         for (int i = kTerms; i--;)  // the smallest terms first
-            mma(sums[i % kSums], a[0], a[1], a[2], a[3], word(b[i], 2 * half), word(b[i], 2 * half + 1));
+            mma(sums[i % kSums], a[0], a[1], a[2], a[3], word(b[i], 2 * half),
+                word(b[i], 2 * half + 1));
     }
 
-    __device__ __forceinline__ static void add(float (&total)[kSums][4], const float (&sums)[kSums][4]) {
+    __device__ __forceinline__ static void add(float (&total)[kSums][4],
+                                               const float (&sums)[kSums][4]) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i)
 #pragma unroll

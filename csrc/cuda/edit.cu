@@ -31,8 +31,9 @@ void edit(const EditParams& p, void* stream) {
     with_dtype(p.dtype, [&](auto dtype) {
         constexpr Dtype kType = decltype(dtype)::value;
         constexpr i64 kNumbers = kChunk<kType>;
-        const bool vector = aligned(p.w, 16) && aligned(p.out, 16) &&
-                            (p.k == 1 || (p.w_stride % kNumbers == 0 && p.out_stride % kNumbers == 0));
+        const bool vector =
+            aligned(p.w, 16) && aligned(p.out, 16) &&
+            (p.k == 1 || (p.w_stride % kNumbers == 0 && p.out_stride % kNumbers == 0));
         const i64 blocks = ceil_div(p.d, kThreads * kNumbers);
         launch(kOp, edit_kernel<kType>, p.k * blocks, kThreads, 0, stream, p, blocks, vector);
     });

@@ -25,26 +25,29 @@ __device__ __forceinline__ P* moved(P* first, i64 bytes) {
 template <Dtype T, bool MANY_RANKS>
 __global__ void __launch_bounds__(kThreads, MANY_RANKS ? 2 : 4) merge_kernel(MergeParams p) {
     constexpr int kNumbers = kChunk<T>;
-    constexpr int kAcross = kTile / kNumbers;                  // chunks in a row of the tile
-    constexpr int kChunks = kTile * kAcross / kThreads;        // chunks a thread
+    constexpr int kAcross = kTile / kNumbers;  // chunks in a row of the tile
+    constexpr int kChunks = kTile * kAcross / kThreads;  // chunks a thread
     constexpr int kRowsApart = kThreads / kAcross;
     const int most_ranks = static_cast<int>(least(kRanks, p.rank));
     auto* const b_a = reinterpret_cast<float*>(shared_memory());  // [most_ranks][kTile]
-    float* const b_b = b_a + most_ranks * kTile;                  // [most_ranks][kTile]
+    float* const b_b = b_a + most_ranks * kTile;  // [most_ranks][kTile]
     const int thread = threadIdx.x;
 
-    // The module: as many as begin at or before this tile, less one. Empty ones begin with the next.
+    // The module: as many as begin at or before this tile, less one. Empty ones begin with the
+    // next.
     const i64 tile = blockIdx.x;
     int before = 0;
     for (i64 i = 0; i < p.modules; i += kThreads)
-        before += __syncthreads_count(i + thread < p.modules && p.table[i + thread].first_tile <= tile);
+        before +=
+            __syncthreads_count(i + thread < p.modules && p.table[i + thread].first_tile <= tile);
     const MergeModule module = p.table[before - 1];
     const i64 across = ceil_div(module.in, kTile), inner = tile - module.first_tile;
     const i64 row_0 = inner / across * kTile, column_0 = inner % across * kTile;
     const void* const weight = moved(p.weight, module.weight_at);
     void* const out = moved(p.out, module.out_at);
     const void *const a = moved(p.a, module.a_at), *const b = moved(p.b, module.b_at);
-    const auto addresses = reinterpret_cast<std::uintptr_t>(weight) | reinterpret_cast<std::uintptr_t>(out);
+    const auto addresses =
+        reinterpret_cast<std::uintptr_t>(weight) | reinterpret_cast<std::uintptr_t>(out);
     const bool vector = addresses % 16 == 0 && module.in % kNumbers == 0;
 
     // This thread's numbers: kNumbers in each of kChunks rows, kRowsApart apart.
@@ -55,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, MANY_RANKS ? 2 : 4) merge_kernel(Mer
     uint4 chunks[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i)
-        chunks[i] = load_chunk<T>(weight, at + i * apart, i * kRowsApart < rows ? count : 0, vector);
+        chunks[i] =
+            load_chunk<T>(weight, at + i * apart, i * kRowsApart < rows ? count : 0, vector);
 
     // Ranks first.. of the tile's A and B, zero outside of the module.
     const auto stage = [&](i64 first, int ranks) {
@@ -63,7 +67,8 @@ __global__ void __launch_bounds__(kThreads, MANY_RANKS ? 2 : 4) merge_kernel(Mer
         for (int i = thread; i < ranks * kTile; i += kThreads) {
             const i64 column = column_0 + i % kTile, row = row_0 + i / ranks;
             const i64 r = first + i / kTile, q = first + i % ranks;
-            b_a[i] = column < module.in ? load_number(a, p.adapter_dtype, r * module.in + column) : 0.f;
+            b_a[i] =
+                column < module.in ? load_number(a, p.adapter_dtype, r * module.in + column) : 0.f;
             b_b[i % ranks * kTile + i / ranks] =
                 row < module.out ? load_number(b, p.adapter_dtype, row * p.rank + q) : 0.f;
         }
@@ -77,13 +82,14 @@ __global__ void __launch_bounds__(kThreads, MANY_RANKS ? 2 : 4) merge_kernel(Mer
 #pragma unroll
             for (int j = 0; j < kNumbers; j += 4) {
                 const float4 four = b_as[j / 4];
-                sums[j] = fmaf(b_bs, four.x, sums[j]), sums[j + 1] = fmaf(b_bs, four.y, sums[j + 1]);
+                sums[j] = fmaf(b_bs, four.x, sums[j]),
+                sums[j + 1] = fmaf(b_bs, four.y, sums[j + 1]);
                 sums[j + 2] = fmaf(b_bs, four.z, sums[j + 2]);
                 sums[j + 3] = fmaf(b_bs, four.w, sums[j + 3]);
             }
         }
     };
-    const auto write = [&](int i, const float(&sums)[kNumbers]) {
+    const auto write = [&](int i, const float (&sums)[kNumbers]) {
         float w[kNumbers];
         unpack<T>(chunks[i], w);
 #pragma unroll

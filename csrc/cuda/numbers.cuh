@@ -15,7 +15,9 @@ __host__ __device__ constexpr int size_of(Dtype type) { return type == Dtype::f3
 template <Dtype T>
 inline constexpr int kChunk = 16 / size_of(T);
 
-__device__ __forceinline__ float low_bf16(std::uint32_t word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float low_bf16(std::uint32_t word) {
+    return __uint_as_float(word << 16);
+}
 __device__ __forceinline__ float high_bf16(std::uint32_t word) {
     return __uint_as_float(word & 0xFFFF0000u);
 }

@@ -22,10 +22,10 @@ constexpr int kSumThreads = 128;
 
 // How a call is cut up: by d, m, k and the stored type alone.
 struct Plan {
-    i64 rows, parts;       // of d a part
-    i64 columns, blocks;   // of m a block
+    i64 rows, parts;  // of d a part
+    i64 columns, blocks;  // of m a block
     i64 identities, groups, terms;  // identities a block; tiles of their terms (f32: 0)
-    std::size_t z, sums;   // bytes of scratch
+    std::size_t z, sums;  // bytes of scratch
 };
 
 Plan plan(const ProjectParams& p) {
@@ -51,7 +51,9 @@ Plan plan(const ProjectParams& p) {
         plan.identities = p.k <= 2 ? 2 : basis.dtype == Dtype::u4 ? 8 : 16;
         plan.groups = ceil_div(p.k, plan.identities);
         plan.terms = p.k <= 2 ? 1 : plan.identities / 8 * 3;
-        plan.z = static_cast<std::size_t>(plan.groups * ceil_div(basis.d, kStageRows) * plan.terms) * 512;
+        plan.z =
+            static_cast<std::size_t>(plan.groups * ceil_div(basis.d, kStageRows) * plan.terms) *
+            512;
     }
     plan.sums = plan.parts > 1 ? static_cast<std::size_t>(plan.parts * p.k * basis.m) * 4 : 0;
     return plan;
@@ -111,13 +113,13 @@ __device__ __forceinline__ Place place_of(const Plan& plan) {
 
 template <Dtype T, int TILES>
 __global__ void __launch_bounds__(32 * kWarps, T == Dtype::bf16 ? 3 : 2)
-    tensor_kernel(ProjectParams p, Stored basis, Plan plan,
-                                                             const uint4* terms, float* out) {
+    tensor_kernel(ProjectParams p, Stored basis, Plan plan, const uint4* terms, float* out) {
     using I = Identities<TILES>;
     constexpr auto kReaders = Readers::columns_of_a_tile;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const Place at = place_of(plan);
-    const i64 begin = at.part * plan.rows, column_0 = at.block * plan.columns + warp * kStepColumns<T>;
+    const i64 begin = at.part * plan.rows,
+              column_0 = at.block * plan.columns + warp * kStepColumns<T>;
     if (column_0 >= p.basis.m) return;
     const i64 byte_0 = (at.block * kWarps + warp) * kRowBytes;
     const int stages = static_cast<int>(ceil_div(least(plan.rows, p.basis.d - begin), kStageRows));
@@ -132,7 +134,8 @@ __global__ void __launch_bounds__(32 * kWarps, T == Dtype::bf16 ? 3 : 2)
         for (; filled < stage + kStages; ++filled) {
             if (filled < stages)
                 fill<kReaders, kStageRows, kStepChunks>(basis, slots + filled % kStages * kSlot,
-                                                        begin + i64{filled} * kStageRows, byte_0, lane);
+                                                        begin + i64{filled} * kStageRows, byte_0,
+                                                        lane);
             copies_commit();
         }
         uint4 b[I::kTerms];
@@ -156,10 +159,11 @@ __global__ void __launch_bounds__(32 * kWarps, T == Dtype::bf16 ? 3 : 2)
 #pragma unroll
                 for (int depth = 0; depth < 2; ++depth) {  // pairs of columns become pairs of rows
                     const int i = depth * 4;
-                    const std::uint32_t a[4] = {__byte_perm(pairs[i][j], pairs[i + 1][j], 0x5410),
-                                                __byte_perm(pairs[i][j], pairs[i + 1][j], 0x7632),
-                                                __byte_perm(pairs[i + 2][j], pairs[i + 3][j], 0x5410),
-                                                __byte_perm(pairs[i + 2][j], pairs[i + 3][j], 0x7632)};
+                    const std::uint32_t a[4] = {
+                        __byte_perm(pairs[i][j], pairs[i + 1][j], 0x5410),
+                        __byte_perm(pairs[i][j], pairs[i + 1][j], 0x7632),
+                        __byte_perm(pairs[i + 2][j], pairs[i + 3][j], 0x5410),
+                        __byte_perm(pairs[i + 2][j], pairs[i + 3][j], 0x7632)};
                     I::multiply(run, a, b, depth);
                 }
                 I::add(acc[group * 4 + j], run);
@@ -175,16 +179,18 @@ __global__ void __launch_bounds__(32 * kWarps, T == Dtype::bf16 ? 3 : 2)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float sum = I::sum(acc[tile][i][j]);
-                const i64 c = column_0 + (g * kGroups<T> + tile / 4) * 8 + column<T>(tile % 4, j / 2);
+                const i64 c =
+                    column_0 + (g * kGroups<T> + tile / 4) * 8 + column<T>(tile % 4, j / 2);
                 const i64 identity = at.group * I::kMost + i * 8 + 2 * t + j % 2;
-                if (I::owns(t) && identity < p.k && c < p.basis.m) out[identity * p.basis.m + c] = sum;
+                if (I::owns(t) && identity < p.k && c < p.basis.m)
+                    out[identity * p.basis.m + c] = sum;
             }
 }
 
 // Four columns a lane; K identities share what is read of V.
 template <int K>
-__global__ void __launch_bounds__(32 * kWarps) f32_kernel(ProjectParams p, Plan plan, const float* z,
-                                                          bool vector, float* out) {
+__global__ void __launch_bounds__(32 * kWarps)
+    f32_kernel(ProjectParams p, Plan plan, const float* z, bool vector, float* out) {
     const Place at = place_of(plan);
     const i64 column = at.block * plan.columns + threadIdx.x * 4, first = at.group * K;
     const i64 d = p.basis.d, m = p.basis.m;
@@ -220,8 +226,8 @@ __global__ void __launch_bounds__(32 * kWarps) f32_kernel(ProjectParams p, Plan 
             if (first + i < p.k && column + j < m) out[(first + i) * m + column + j] = acc[i][j];
 }
 
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const float* sums, i64 parts, i64 n,
-                                                          float* out) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_kernel(const float* sums, i64 parts, i64 n, float* out) {
     const i64 i = blockIdx.x * i64{kSumThreads} + threadIdx.x;
     if (i >= n) return;
     float sum = 0.f;
@@ -236,7 +242,8 @@ void tensor(const ProjectParams& p, const Plan& plan, void* scratch, float* out,
     const i64 units = plan.groups * plan.identities * ceil_div(p.basis.d, kStageRows) * 4;
     launch(kOp, z_terms_kernel<TILES>, ceil_div(units, 128), 128, 0, stream, p, terms, units);
     launch(kOp, tensor_kernel<T, TILES>, plan.parts * plan.blocks * plan.groups, 32 * kWarps,
-           std::size_t{16} * kWarps * kStages * kSlot, stream, p, stored(p.basis), plan, terms, out);
+           std::size_t{16} * kWarps * kStages * kSlot, stream, p, stored(p.basis), plan, terms,
+           out);
 }
 
 template <int K>
@@ -244,12 +251,13 @@ void f32(const ProjectParams& p, const Plan& plan, void* scratch, float* out, vo
     auto* z = static_cast<float*>(scratch);
     const bool vector = aligned(p.basis.rows, 16) && (p.basis.d == 1 || p.basis.stride % 4 == 0);
     launch(kOp, z_f32_kernel, ceil_div(p.k * p.basis.d, 128), 128, 0, stream, p, z);
-    launch(kOp, f32_kernel<K>, plan.parts * plan.blocks * plan.groups, 32 * kWarps, 0, stream, p, plan,
-           z, vector, out);
+    launch(kOp, f32_kernel<K>, plan.parts * plan.blocks * plan.groups, 32 * kWarps, 0, stream, p,
+           plan, z, vector, out);
 }
 
 template <Dtype T>
-void by_identities(const ProjectParams& p, const Plan& plan, void* scratch, float* out, void* stream) {
+void by_identities(const ProjectParams& p, const Plan& plan, void* scratch, float* out,
+                   void* stream) {
     if (p.basis.dtype == Dtype::f32) {
         if (plan.identities == 1) return f32<1>(p, plan, scratch, out, stream);
         if (plan.identities == 4) return f32<4>(p, plan, scratch, out, stream);
@@ -272,7 +280,8 @@ void project(const ProjectParams& p, void* scratch, void* stream) {
     if (n <= 0) return;
     const Plan cut = plan(p);
     float* sums = p.out;
-    if (cut.parts > 1) sums = reinterpret_cast<float*>(static_cast<unsigned char*>(scratch) + cut.z);
+    if (cut.parts > 1)
+        sums = reinterpret_cast<float*>(static_cast<unsigned char*>(scratch) + cut.z);
     if (p.basis.d > 0) {
         if (p.basis.dtype == Dtype::i8)
             by_identities<Dtype::i8>(p, cut, scratch, sums, stream);

@@ -73,7 +73,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
     }
 }
 
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits for all of this thread's groups of copies but the newest NEWEST.
 template <int NEWEST>

@@ -22,14 +22,16 @@ struct Shape {
     static constexpr int kSteps = !TILES ? 4 : T == Dtype::u4 && TILES == 2 ? 1 : 2;
     static constexpr int kRows = 16 * kTall;
     static constexpr int kChunks = kSteps * kStepChunks;
-    static constexpr int kSlot = kRows * kChunks;          // of 16 bytes, for a warp's stage
-    static constexpr int kDepths = kStepColumns<T> / 32;   // pairs of mma depths in a step
-    static constexpr int kTerms = kDepths * Identities<TILES>::kTerms * 32;  // of 16 bytes, a step's
+    static constexpr int kSlot = kRows * kChunks;  // of 16 bytes, for a warp's stage
+    static constexpr int kDepths = kStepColumns<T> / 32;  // pairs of mma depths in a step
+    static constexpr int kTerms =
+        kDepths * Identities<TILES>::kTerms * 32;  // of 16 bytes, a step's
     static std::size_t shared(int warps) { return 16 * (warps * kStages * kSlot + 2 * kTerms); }
 };
 
 __device__ void store(const ReconstructParams& p, i64 row, i64 identity, float acc) {
-    const float gain = p.basis.row_scale ? p.basis.std[row] * p.basis.row_scale[row] : p.basis.std[row];
+    const float gain =
+        p.basis.row_scale ? p.basis.std[row] * p.basis.row_scale[row] : p.basis.std[row];
     const float mean = p.basis.mean ? p.basis.mean[row] : 0.f;
     store_number(p.out, p.out_dtype, identity * p.out_stride + row, fmaf(gain, acc, mean));
 }
@@ -59,15 +61,16 @@ __device__ void write_terms(const ReconstructParams& p, i64 first, int identitie
         const int depth = half * kGroups<T> + group;
 #pragma unroll
         for (int term = 0; term < 3; ++term) {
-            const int tile = depth * Identities<TILES>::kTerms + Identities<TILES>::tile(term, identity);
+            const int tile =
+                depth * Identities<TILES>::kTerms + Identities<TILES>::tile(term, identity);
             terms[tile * 32 + Identities<TILES>::column(term, identity) * 4 + t] = three[term];
         }
     }
 }
 
 template <Dtype T, int TILES>
-__global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored basis, int groups,
-                                                     bool vector) {
+__global__ void __launch_bounds__(128)
+    tensor_kernel(ReconstructParams p, Stored basis, int groups, bool vector) {
     using S = Shape<T, TILES>;
     using I = Identities<TILES>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -99,14 +102,14 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
                                                          lane);
                 copies_commit();
             }
-            copies_wait<kStages - 1>();
+            if (step >= 0) copies_wait<kStages - 1>();
         }
         __syncthreads();  // this step's rows and terms are there, the last step's terms are read
-        const uint4* const now = terms + step % 2 * S::kTerms;
         if (step + 1 < steps)
             write_terms<T, TILES>(p, first, identities, step + 1, vector,
                                   terms + (step + 1) % 2 * S::kTerms);
         if (step < 0) continue;
+        const uint4* const now = terms + step % 2 * S::kTerms;
 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -131,7 +134,8 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
                     decode<T>(lower[tall], group, down);
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const std::uint32_t a[4] = {up[2 * i], down[2 * i], up[2 * i + 1], down[2 * i + 1]};
+                        const std::uint32_t a[4] = {up[2 * i], down[2 * i], up[2 * i + 1],
+                                                    down[2 * i + 1]};
                         I::multiply(run[tall], a, b, i);
                     }
                 }
@@ -150,7 +154,8 @@ __global__ void __launch_bounds__(128) tensor_kernel(ReconstructParams p, Stored
                 const float sum = I::sum(total[tall][i][j]);
                 const i64 r = row + tall * 16 + g + j / 2 * 8;
                 const int identity = i * 8 + 2 * t + j % 2;
-                if (I::owns(t) && identity < identities && r < p.basis.d) store(p, r, first + identity, sum);
+                if (I::owns(t) && identity < identities && r < p.basis.d)
+                    store(p, r, first + identity, sum);
             }
 }
 
@@ -169,7 +174,8 @@ void tensor(const ReconstructParams& p, void* stream) {
 constexpr int kRowsOfF32 = 4;  // share a warp's c
 
 template <int K>
-__global__ void __launch_bounds__(128) f32_kernel(ReconstructParams p, int groups, bool vector) {
+__global__ void __launch_bounds__(128, K <= 4 ? 4 : 2)
+    f32_kernel(ReconstructParams p, int groups, bool vector) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const i64 row = (blockIdx.x / groups * i64{4} + warp) * kRowsOfF32;
     const i64 first = static_cast<i64>(blockIdx.x % groups) * K;
@@ -178,7 +184,8 @@ __global__ void __launch_bounds__(128) f32_kernel(ReconstructParams p, int group
     const float *v[kRowsOfF32], *c[K];
 #pragma unroll
     for (int r = 0; r < kRowsOfF32; ++r)  // rows that are not there: the last one again
-        v[r] = static_cast<const float*>(p.basis.rows) + least(row + r, p.basis.d - 1) * p.basis.stride;
+        v[r] = static_cast<const float*>(p.basis.rows) +
+               least(row + r, p.basis.d - 1) * p.basis.stride;
 #pragma unroll
     for (int i = 0; i < K; ++i) c[i] = p.c + least(first + i, p.k - 1) * p.c_stride;
 
@@ -188,7 +195,8 @@ __global__ void __launch_bounds__(128) f32_kernel(ReconstructParams p, int group
     for (i64 at = lane * 4; at < whole; at += 128) {
         float4 b_v[kRowsOfF32];
 #pragma unroll
-        for (int r = 0; r < kRowsOfF32; ++r) b_v[r] = __ldcs(reinterpret_cast<const float4*>(v[r] + at));
+        for (int r = 0; r < kRowsOfF32; ++r)
+            b_v[r] = __ldcs(reinterpret_cast<const float4*>(v[r] + at));
 #pragma unroll
         for (int i = 0; i < K; ++i) {
             const float4 b_c = __ldg(reinterpret_cast<const float4*>(c[i] + at));

@@ -63,8 +63,9 @@ inline float cut_sum(const double* terms, int n) {
     const double unit = std::ldexp(1., std::ilogb(largest > 0 && finite ? largest : 1.) - 24);
     for (int i = 0; i < n; ++i) sum += finite ? std::trunc(terms[i] / unit) * unit : terms[i];
     const auto near = static_cast<float>(sum);
-    return finite && std::fabs(static_cast<double>(near)) > std::fabs(sum) ? std::nextafter(near, 0.f)
-                                                                           : near;
+    return finite && std::fabs(static_cast<double>(near)) > std::fabs(sum)
+               ? std::nextafter(near, 0.f)
+               : near;
 }
 
 inline void mma(float (&acc)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
@@ -78,7 +79,8 @@ inline void mma(float (&acc)[4], std::uint32_t a0, std::uint32_t a1, std::uint32
         const int row = g + i / 2 * 8, column = 2 * t + i % 2;
         double terms[17] = {acc[i]};
         for (int k = 0; k < 16; ++k) {
-            // A's lane holds row % 8 and k % 8 / 2; which word: a1 and a3 lower rows, a2 and a3 k >= 8.
+            // A's lane holds row % 8 and k % 8 / 2; which word: a1 and a3 lower rows, a2 and a3 k
+            // >= 8.
             const Words& from_a = lanes[row % 8 * 4 + k % 8 / 2];
             const Words& from_b = lanes[column * 4 + k % 8 / 2];
             terms[k + 1] = static_cast<double>(bf16(from_a.a[row / 8 + k / 8 * 2], k % 2)) *
@@ -93,6 +95,8 @@ void copy_async(void* shared, const void* global, int inside) {
     if (reinterpret_cast<std::uintptr_t>(shared) % BYTES ||
         reinterpret_cast<std::uintptr_t>(global) % BYTES || inside < 0 || inside > BYTES)
         emulator::g_block->error = "a copy that is not aligned to its size";
+    // From now on it may land at any time: who still reads what was there has not waited.
+    std::memset(shared, 0xFF, BYTES);
     emulator::self().copies.back().push_back({shared, global, BYTES, inside});
 }
 
