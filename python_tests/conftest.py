@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -22,6 +24,11 @@ SD15_UNET = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that wait for each other at every small op would halve what two processes gain.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

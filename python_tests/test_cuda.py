@@ -13,6 +13,7 @@ import shutil
 
 import awkward
 import cuda_cases
+import elsewhere
 import numpy as np
 import oracle
 import pytest
@@ -88,6 +89,10 @@ def test_the_emulator_sees_mistakes(tmp_path):
         "memory: -1 0",
         "much (cuda): invalid argument",
     ]
+
+
+def test_the_tests_of_ops(emulated):
+    elsewhere.tests_of_ops("cuda", W2W_EMULATED=emulated.__file__)
 
 
 # --- the basis ----------------------------------------------------------------------------------
