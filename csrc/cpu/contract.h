@@ -14,11 +14,11 @@ namespace w2w::cpu::W2W_ISA {
 namespace {
 
 constexpr int kStreams = 4;
-constexpr int64_t kSteps = 12;      // of a tile
-constexpr int kAtOnce = 6;          // identities whose sums fit the registers
+constexpr int64_t kSteps = 12;       // of a tile
+constexpr int kAtOnce = 6;           // identities whose sums fit the registers
 constexpr int64_t kApart = 1 << 14;  // numbers of scratch for the sums of few identities
 
-// The factor of a row of stream s for identity i: first[s * stream + row * row_stride + i].
+// The factor of row r of stream s for identity i: first[s * stream + r * row + i].
 struct Factors {
     const float* first;
     int64_t stream, row;

@@ -30,8 +30,8 @@ struct Rows {
 
 // sums[r][c] of row rows[r] and column vector c. Rank: known to the compiler, or 0.
 template <int Rank, int R, int C, class T, class Load>
-[[gnu::always_inline]] inline void products(const Update<T>& u, Rows rows, int64_t n, const Load& read,
-                     Vec (&sums)[R][C]) {
+[[gnu::always_inline]] inline void products(const Update<T>& u, Rows rows, int64_t n,
+                                            const Load& read, Vec (&sums)[R][C]) {
     const int64_t rank = Rank ? Rank : u.rank;
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sums[r][c] = zero();
@@ -56,11 +56,11 @@ template <int Rank, int R, int G, bool Past, class T>
     for (int r = 0; r < R; ++r)
         for (int g = 0; g < G; ++g) {
             const int64_t at = n + g * kGroup<T>;
-            const T* base = u.base + rows[r] * u.base_stride + at;
+            const T* base = u.base ? u.base + rows[r] * u.base_stride + at : nullptr;
             T* out = u.out + rows[r] * u.out_stride + at;
             Vec all[W];
             each_way<T>([&](auto way) {
-                const Vec from = u.base ? load_way(base, way) : zero();
+                const Vec from = base ? load_way(base, way) : zero();
                 all[way.value] = fma(gain, sums[r][g * W + way.value], from);
             });
             if constexpr (Past)
@@ -80,9 +80,9 @@ template <int Rank, int R, bool Past, class T>
         Vec sums[R][1];
         products<Rank>(u, rows, j + at, load, sums);
         for (int r = 0; r < R; ++r) {
-            const T* base = u.base + rows[r] * u.base_stride + j + at;
+            const T* base = u.base ? u.base + rows[r] * u.base_stride + j + at : nullptr;
             store(u.out + rows[r] * u.out_stride + j + at,
-                  fma(splat(u.gain), sums[r][0], u.base ? load(base) : zero()));
+                  fma(splat(u.gain), sums[r][0], base ? load(base) : zero()));
         }
     });
 }
