@@ -29,7 +29,8 @@ inline void pack_adapter(const LowRankParams& p, int64_t a, float* to) {
 }
 
 template <class T>
-inline void token_block(const LowRankParams& p, Packed adapter, int64_t b, int64_t t, int64_t rows) {
+inline void token_block(const LowRankParams& p, Packed adapter, int64_t b, int64_t t,
+                        int64_t rows) {
     const T* x = static_cast<const T*>(p.x) + b * p.x_b + t * p.x_t;
     float* s = p.s + (b * p.tokens + t) * p.rank;
     std::memset(s, 0, static_cast<std::size_t>(rows * p.rank) * sizeof(float));
@@ -83,7 +84,8 @@ void low_rank(const LowRankParams& p, int threads) {
     const Floats packed(packs * numbers);
     with_real(p.dtype, [&](auto number) {
         with_real(p.adapter_dtype, [&](auto factor) {
-            for_pieces(packs, useful_workers(threads, packs * numbers * 4), [&](int64_t i, int64_t) {
+            const int64_t helpers = useful_workers(threads, packs * numbers * 4);
+            for_pieces(packs, helpers, [&](int64_t i, int64_t) {
                 pack_adapter<decltype(number), decltype(factor)>(
                     p, adapter_of(p.index, p.adapters, i), packed + i * numbers);
             });
@@ -113,7 +115,8 @@ void outer(const OuterParams& p, int threads) {
         for_pieces(p.samples * parts * blocks, workers, [&](int64_t piece, int64_t worker) {
             const int64_t b = piece / blocks / parts, part = piece / blocks % parts;
             const int64_t t = part * kTokensPerPart, j = piece % blocks * kColumns;
-            const int64_t rows = least(p.tokens - t, kTokensPerPart), n = least(p.width - j, kColumns);
+            const int64_t rows = least(p.tokens - t, kTokensPerPart);
+            const int64_t n = least(p.width - j, kColumns);
             float* out = sums + (b * parts + part) * p.rank * p.width + j;
             for (int64_t r = 0; r < p.rank; ++r)
                 std::memset(out + r * p.width, 0, static_cast<std::size_t>(n) * sizeof(float));

@@ -14,11 +14,11 @@ namespace w2w::cpu::W2W_ISA {
 namespace {
 
 constexpr int kStreams = 4;
-constexpr int64_t kSteps = 12;      // of a tile
-constexpr int kAtOnce = 6;          // identities whose sums fit the registers
+constexpr int64_t kSteps = 12;       // of a tile
+constexpr int kAtOnce = 6;           // identities whose sums fit the registers
 constexpr int64_t kApart = 1 << 14;  // numbers of scratch for the sums of few identities
 
-// The factor of a row of stream s for identity i: first[s * stream + row * row_stride + i].
+// The factor of row r of stream s for identity i: first[s * stream + r * row + i].
 struct Factors {
     const float* first;
     int64_t stream, row;
@@ -41,9 +41,10 @@ struct Tile {
 };
 
 template <int K, int S, class T>
-inline void sum_in_memory(const Tile<T>& tile, int64_t n, float* scratch, float* sums,
+inline void sum_in_memory(const Tile<T>& given, int64_t n, float* scratch, float* sums,
                           int64_t sums_stride) {
     constexpr int64_t columns = kApart / K / kGroup<T> * kGroup<T>;
+    const Tile<T> tile = given;  // a copy, whose fields the compiler knows no store to change
     for (int64_t first = 0; first < n; first += columns) {
         const int64_t count = least(n - first, columns), whole = count / kGroup<T> * kGroup<T>;
         for (int i = 0; i < K; ++i)

@@ -73,7 +73,9 @@ void check(const std::int64_t* index, std::int64_t samples, std::int64_t adapter
 
 }  // namespace
 
-void reconstruct(const ReconstructParams& p, int threads) { in_use.load()->reconstruct(p, threads); }
+void reconstruct(const ReconstructParams& p, int threads) {
+    in_use.load()->reconstruct(p, threads);
+}
 
 void project(const ProjectParams& p, int threads) { in_use.load()->project(p, threads); }
 

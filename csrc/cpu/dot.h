@@ -14,6 +14,7 @@ constexpr int kIdentities = 4;
 // Rows that wait in L2 while the groups of identities pass: 96 KB of a chunk in bf16.
 constexpr int64_t kDotTile = 48;
 
+// Where the sum of row r and identity i is.
 struct Sums {
     float* first;
     int64_t row, identity;  // strides
@@ -30,8 +31,8 @@ struct Ahead {
 };
 
 // sums[r, i] += <V[r], c[i]> over n <= kChunk columns, for R rows and K identities held in
-// registers. c is in the order of V's companions. Each pair has its own accumulator and order of additions, whatever R and K are, so
-// neither tails nor threads change a bit of the result.
+// registers; c is in the order of V's companions (vec.h). Each pair has its own accumulator and
+// order of additions, whatever R and K are, so neither tails nor threads change a bit.
 template <int R, int K, class T>
 inline void dot_block(const T* v, int64_t v_stride, const float* c, int64_t c_stride, int64_t n,
                       const T* ahead, Sums sums) {

@@ -22,6 +22,7 @@ template <class T, class Adapter>
 inline void band(const MergeParams& p, const MergeModule& module, int64_t begin, int64_t rows,
                  bool past, float* a) {
     const int64_t n = module.in;
+    if (n == 0) return;
     T* out = moved<T>(p.out, module.out_at) + begin * n;
     const T* weight = moved<const T>(p.weight, module.weight_at) + begin * n;
     if (p.scale == 0) {  // and not - 0 + 0 = 0

@@ -106,7 +106,8 @@ inline void pack(const From* x, int64_t stride, int64_t n, float* out) {
         for (int i = 0; i < count; ++i) numbers[i] = x[(j + i) * stride];
         float wide[G];
         for (int w = 0; w < W; ++w) store(wide + w * kWidth, load(numbers + w * kWidth));
-        for (int i = 0; i < count; ++i) out[j + i] = wide[count < G ? i : i % kWidth * W + i / kWidth];
+        for (int i = 0; i < count; ++i)
+            out[j + i] = wide[count < G ? i : i % kWidth * W + i / kWidth];
     }
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
+import signal
 
 import awkward
 import numpy as np
@@ -211,6 +213,17 @@ def test_same_bits_alone_in_a_batch_and_on_any_number_of_threads(isa, basis_dtyp
         with threads(1 + run % 3):
             assert torch.equal(space.reconstruct(c), together[0])
             assert torch.equal(space.project(w, 1500), together[1])
+
+
+def test_a_forked_child_has_threads_too(isa):
+    space, c = Space(1999, 1500), awkward.normal(2, 1500, seed=1)
+    with threads(3):
+        want = space.reconstruct(c)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a deadlock would be silent
+            os._exit(not torch.equal(space.reconstruct(c), want))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_nan_and_inf_reach_only_what_they_touch(isa):
