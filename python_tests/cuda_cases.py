@@ -188,20 +188,6 @@ def adapters(b, a, r, dtype, t=37, wide=(70, 41), seed=0):
     return [awkward.normal(*s, seed=seed + i, dtype=dtype) for i, s in enumerate(shapes)]
 
 
-def gradients(g, x, A, B, index, scale):
-    """(dx, dA, dB, forward's delta) in float64, a sample at a time."""
-    g, x, A, B = map(oracle.f64, (g, x, A, B))
-    scale = np.broadcast_to(oracle.f64(scale), len(x))
-    dx, dA, dB, y = np.zeros_like(x), np.zeros_like(A), np.zeros_like(B), np.zeros_like(g)
-    for i in range(len(x)):
-        a = (i if len(A) > 1 else 0) if index is None else int(index[i])
-        u, s = g[i] @ B[a], x[i] @ A[a].T
-        dx[i], y[i] = scale[i] * u @ A[a], scale[i] * s @ B[a].T
-        dA[a] += scale[i] * u.T @ x[i]
-        dB[a] += scale[i] * g[i].T @ s
-    return dx, dA, dB, y
-
-
 def check_adapted(run, x, base, A, B, index, scale, g):
     """Both directions, against the oracle: summed in float32, each result rounded once."""
     kernels, device = run
@@ -219,9 +205,11 @@ def check_adapted(run, x, base, A, B, index, scale, g):
     kernels.outer(u, x_, index_, scale_, dA)
     kernels.outer(s, g_, index_, scale_, dB.mT)
     assert untouched(around) and untouched(around_dx)
-    wants = gradients(g, x, A, B, index, scale)
+    wants = oracle.low_rank_gradients(g, x, A, B, index, scale)
     wants = (*wants[:3], wants[3] + oracle.f64(base))
-    magnitudes = gradients(*(t.abs() for t in (g, x, A, B)), index, torch.as_tensor(scale).abs())
+    magnitudes = oracle.low_rank_gradients(
+        *(t.abs() for t in (g, x, A, B)), index, torch.as_tensor(scale).abs()
+    )
     names = zip(("dx", "dA", "dB", "y"), wants, (dx, dA, dB, out), magnitudes, strict=True)
     for name, want, got, terms in names:
         rounding = torch.finfo(got.dtype).eps / 2 * np.abs(want).max(initial=0)

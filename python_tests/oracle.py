@@ -41,6 +41,23 @@ def low_rank(x: Any, A: Any, B: Any, scale: Any) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, x.shape[1], B.shape[1]))
 
 
+def low_rank_gradients(g: Any, x: Any, A: Any, B: Any, index: Any, scale: Any) -> tuple:
+    """(dx, dA, dB, the term itself) for a gradient g of the term, a sample at a time
+
+    An adapter by index; without it a sample's own, or the one there is.
+    """
+    g, x, A, B = map(f64, (g, x, A, B))
+    scale = np.broadcast_to(f64(scale), len(x))
+    dx, dA, dB, y = np.zeros_like(x), np.zeros_like(A), np.zeros_like(B), np.zeros_like(g)
+    for i in range(len(x)):
+        a = (i if len(A) > 1 else 0) if index is None else int(index[i])
+        u, s = g[i] @ B[a], x[i] @ A[a].T
+        dx[i], y[i] = scale[i] * u @ A[a], scale[i] * s @ B[a].T
+        dA[a] += scale[i] * u.T @ x[i]
+        dB[a] += scale[i] * g[i].T @ s
+    return dx, dA, dB, y
+
+
 def adapted_linear(x: Any, weight: Any, bias: Any, A: Any, B: Any, scale: Any) -> np.ndarray:
     """y = x W^T + bias + low_rank"""
     y = f64(x) @ f64(weight).T + low_rank(x, A, B, scale)

@@ -28,20 +28,6 @@ def check(got, x, weight, bias, A, B, scale):
     assert_close("y", got, want, allowed(plain, want))
 
 
-def gradients(g, x, A, B, index, scale):
-    """(dx, dA, dB, delta) in float64, a sample at a time."""
-    g, x, A, B = map(oracle.f64, (g, x, A, B))
-    scale = np.broadcast_to(oracle.f64(scale), len(x))
-    dx, dA, dB, y = np.zeros_like(x), np.zeros_like(A), np.zeros_like(B), np.zeros_like(g)
-    for i in range(len(x)):
-        a = (i if len(A) > 1 else 0) if index is None else int(index[i])
-        u, s = g[i] @ B[a], x[i] @ A[a].T
-        dx[i], y[i] = scale[i] * u @ A[a], scale[i] * s @ B[a].T
-        dA[a] += scale[i] * u.T @ x[i]
-        dB[a] += scale[i] * g[i].T @ s
-    return dx, dA, dB, y
-
-
 def check_both_ways(backend, x, A, B, index, scale, g, base):
     """The term added to base, and its gradients: sums in float32, each result rounded once.
 
@@ -51,8 +37,10 @@ def check_both_ways(backend, x, A, B, index, scale, g, base):
     scales, number = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     y = add_low_rank(base, *leaves, index, scales, number)
     grads = torch.autograd.grad(y, leaves, g)
-    *wants, delta = gradients(g, x, A, B, index, scale)
-    magnitudes = gradients(*(t.abs() for t in (g, x, A, B)), index, torch.as_tensor(scale).abs())
+    *wants, delta = oracle.low_rank_gradients(g, x, A, B, index, scale)
+    magnitudes = oracle.low_rank_gradients(
+        *(t.abs() for t in (g, x, A, B)), index, torch.as_tensor(scale).abs()
+    )
     narrow = torch.finfo(x.dtype if backend == "torch" else torch.float32).eps
     pairs = zip(
         ("dx", "dA", "dB", "y"), (*grads, y), (*wants, delta + oracle.f64(base)), strict=True
@@ -156,7 +144,9 @@ def test_only_the_gradients_asked_for(backend, needs):
     g = awkward.normal(4, 33, 9, seed=11)
     leaves = [t.requires_grad_(bool(n)) for t, n in zip((x, A, B), needs, strict=True)]
     ops.low_rank(*leaves, 3.0).backward(g)
-    for leaf, need, want in zip(leaves, needs, gradients(g, x, A, B, None, 3.0), strict=False):
+    for leaf, need, want in zip(
+        leaves, needs, oracle.low_rank_gradients(g, x, A, B, None, 3.0), strict=False
+    ):
         assert (leaf.grad is not None) == bool(need)
         if need:
             assert_close("gradient", leaf.grad, want, 1e-5 * np.abs(want).max())
