@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from w2w_fast import Layout
+
+from ..bench import Case, Setting, Work
 
 SD15 = Layout.sd15()
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
@@ -75,6 +78,27 @@ def space(d: int, m: int, kind: str, device: str) -> Stored:
     std = normal(d, seed=3, device=device).abs() + 0.1
     std[::97] = 0  # coordinates that never moved
     return Stored(basis, mean, std, row_scale, m)
+
+
+def basis_cases(
+    op: str,
+    build: Callable[[Setting, int, int, str, int], Work],
+    setting: Setting,
+    sizes: list[tuple[int, int, str, int]],
+) -> list[Case]:
+    """Cases of an op that reads the basis once, of sizes (d, m, kind, k)."""
+    return [
+        Case(
+            op,
+            f"m={m} {kind} k={k}",
+            partial(build, setting, d, m, kind, k),
+            {"d": d, "m": m, "basis": kind, "k": k},
+            bytes=d * m * BITS[kind] // 8 + 4 * d * (2 + ("int" in kind) + k) + 4 * k * m,
+            flops=2 * k * d * m,
+            floor="read",
+        )
+        for d, m, kind, k in sizes
+    ]
 
 
 def some(size: int, most: int, device: str) -> Tensor:

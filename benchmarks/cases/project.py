@@ -6,7 +6,6 @@ Nobody publishes a kernel for it: the rivals are plain torch's matmul and torch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,18 +28,7 @@ def cases(setting: Setting) -> list[Case]:
             for kind in ("bfloat16", "int8", "int4")
             for k in (1, 16)
         ]
-    return [
-        Case(
-            "project",
-            f"m={m} {kind} k={k}",
-            partial(build, setting, d, m, kind, k),
-            {"d": d, "m": m, "basis": kind, "k": k},
-            bytes=d * m * _inputs.BITS[kind] // 8 + 4 * d * (2 + ("int" in kind) + k) + 4 * k * m,
-            flops=2 * k * d * m,
-            floor="read",
-        )
-        for d, m, kind, k in sizes
-    ]
+    return _inputs.basis_cases("project", build, setting, sizes)
 
 
 def build(setting: Setting, d: int, m: int, kind: str, k: int) -> Work:

@@ -8,7 +8,6 @@ takes 50 of them, where reconstruct runs once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,18 +30,7 @@ def cases(setting: Setting) -> list[Case]:
             if (m, kind) != (10_000, "float32")  # 4 GB: nobody keeps one
             for k in ((1, 4, 16) if m == 1000 else (1, 16))
         ]
-    return [
-        Case(
-            "reconstruct",
-            f"m={m} {kind} k={k}",
-            partial(build, setting, d, m, kind, k),
-            {"d": d, "m": m, "basis": kind, "k": k},
-            bytes=d * m * _inputs.BITS[kind] // 8 + 4 * d * (2 + ("int" in kind) + k) + 4 * k * m,
-            flops=2 * k * d * m,
-            floor="read",
-        )
-        for d, m, kind, k in sizes
-    ]
+    return _inputs.basis_cases("reconstruct", build, setting, sizes)
 
 
 def build(setting: Setting, d: int, m: int, kind: str, k: int) -> Work:

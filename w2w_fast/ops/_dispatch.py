@@ -101,8 +101,8 @@ def gap(backend: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-def choose(op: str, wish: str | None, *tensors: Tensor | None) -> tuple[str, str]:
-    """(backend, the reason) for a call of ``op``; InputError if the one forced cannot serve it."""
+def choose(op: str, wish: str | None, *tensors: Tensor | None) -> str:
+    """The backend of a call of ``op``; InputError if the one forced cannot serve it."""
     source = "backend"
     if wish is None:
         wish, source = os.environ.get("W2W_BACKEND") or None, "W2W_BACKEND"
@@ -112,20 +112,15 @@ def choose(op: str, wish: str | None, *tensors: Tensor | None) -> tuple[str, str
         reason = gap(wish, *tensors)
         if reason:
             raise InputError(f"{source}={wish}: {op}: {reason}; leave it unset to allow others")
-        return wish, f"{source}={wish}"
+        return wish
     device = next((t.device.type for t in tensors if t is not None), "cpu")
-    reasons = []
-    for backend in _ORDER.get(device, ()):
-        reason = gap(backend, *tensors)
-        if reason is None:
-            return backend, "the first that serves this call"
-        reasons.append(f"{backend}: {reason}")
-    return "torch", "; ".join(reasons) or f"no kernel for {device}"
+    served = (backend for backend in _ORDER.get(device, ()) if gap(backend, *tensors) is None)
+    return next(served, "torch")
 
 
 def kernels(op: str, wish: str | None, *tensors: Tensor | None) -> Any | None:
     """The chosen backend's launches; None: the op's own torch definition."""
-    backend = choose(op, wish, *tensors)[0]
+    backend = choose(op, wish, *tensors)
     return None if backend == "torch" else _kernels(backend)
 
 

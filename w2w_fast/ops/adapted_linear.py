@@ -156,7 +156,7 @@ def _forward(
     launch = _dispatch.kernels("adapted_linear", backend, x, base, A, B, scales)
     if launch is None:
         return low_rank_reference(base, x, A, B, index, scales, scale)
-    y, s = _fake(base, x, A, B, index, scales, scale)
+    y, s = _fake(base, x, A, B)
     A, B, index, scale = _prepared(A, B, index, scales, scale)
     if s.numel():
         base, x = _dispatch.rows(base), _dispatch.rows(x)
@@ -174,16 +174,7 @@ def _prepared(
     return A.contiguous(), B.contiguous(), None if index is None else index.contiguous(), factor
 
 
-def _fake(
-    base: Tensor | None,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    index: Tensor | None,
-    scales: Tensor | None,
-    scale: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake(base: Tensor | None, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     s = x.new_empty(*x.shape[:2], A.shape[1], dtype=torch.float32)
     return x.new_empty(*x.shape[:2], B.shape[1]), s
 
