@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from w2w_fast import Layout, WeightSpace
 from w2w_fast.demo import base
-from w2w_fast.files import write_json, write_manifest, write_tensors
+from w2w_fast.population import begin, finish, write_shard
 
 SIZE = 16
 ATTRIBUTES = ["beard", "age", "glasses"]
@@ -111,11 +110,13 @@ def population(layout: Layout, n: int = 12, seed: int = 5) -> torch.Tensor:
 def write_population(folder: Path, w: torch.Tensor, layout: Layout, batch: int = 5) -> list[str]:
     """A finished population's folder, written without `populate`; the names, person-00 ..."""
     names = [f"person-{i:02d}" for i in range(len(w))]
-    folder.mkdir()
-    for i, part in enumerate(w.split(batch)):
-        mine = json.dumps(names[i * batch : i * batch + len(part)])
-        write_tensors(folder / f"shard-{i:05d}.safetensors", {"w": part}, {"names": mine})
-    job = {"layout": layout.to_json(), "names": names, "batch": batch, "finished": True}
-    write_json(folder / "population.json", job)
-    write_manifest(folder)
+    begin(folder, layout, {"verb": "test"})
+    parts = w.split(batch)
+    for i, part in enumerate(parts):
+        write_shard(folder, i, part, names[i * batch : i * batch + len(part)])
+    people = [
+        {"name": name, "shard": i // batch, "row": i % batch, "reason": ""}
+        for i, name in enumerate(names)
+    ]
+    finish(folder, len(parts), people)
     return names

@@ -17,7 +17,7 @@ from ..files import read_tensors
 from ..formats import read_adapter
 from ..layout import Layout
 from ..ops import _dispatch
-from ..verbs.populate import read_population
+from ..population import open_population
 from .support import open_space
 
 Lines = Iterator[tuple[str, object]]
@@ -57,11 +57,13 @@ def _space(name: str) -> Lines:
 
 
 def _population(path: Path) -> Lines:
-    w, layout, names = read_population(path)
+    population = open_population(path)
+    names, shards = population.names, population.shards
     yield "kind", "population"
-    yield from _layout(layout)
+    yield from _layout(population.layout)
     yield "people", f"{len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-    yield "numbers", f"{w.shape[0]} x {w.shape[1]}"
+    yield "set aside", population.table.num_rows - len(names)
+    yield "numbers", f"{len(names)} x {population.layout.size}, {len(shards)} shards"
 
 
 def _coefficients(path: Path) -> Lines:

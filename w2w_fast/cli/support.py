@@ -220,15 +220,15 @@ def read_start(path: Path, layout: Layout) -> Any:
     import torch
 
     from ..files import read_tensors
-    from ..verbs.populate import read_population
+    from ..population import open_population
 
     if path.is_dir():
-        w, other, _ = read_population(path)
-        if other != layout:
+        first = open_population(path)
+        if first.layout != layout:
             raise InputError(f"--start: {path}: a population of another layout than this base's")
-        if not len(w):
+        if not len(first):
             raise InputError(f"--start: {path}: a population of nobody")
-        return w.mean(0)
+        return torch.stack([w.double().sum(0) for w in first.shards]).sum(0).div(len(first)).float()
     expect = {"w": ((layout.size,), {torch.float32})}
     return read_tensors(path, expect=expect)[0]["w"]
 

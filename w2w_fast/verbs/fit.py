@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..labels import labels_of
+from ..population import open_population
 from ..space import WeightSpace
-from .populate import read_population
 
 
 def fit(
@@ -26,15 +26,16 @@ def fit(
         numbers for each attribute. Everybody needs a row; rows of others are left out.
     Raises InputError for unfinished populations, missing names and columns that are not numbers.
     """
-    w, layout, names = read_population(population)
-    table = None if labels is None else labels_of(labels, names)
+    people = open_population(population)
+    labels = labels or people.labels
+    table = None if labels is None else labels_of(labels, people.names)
     return WeightSpace.from_population(
-        w,
-        layout,
+        people.load(),
+        people.layout,
         components,
         labels=None if table is None else table[0],
         attributes=() if table is None else table[1],
-        names=names,
+        names=people.names,
         dtype=dtype,
         meta=meta,
     )
