@@ -2,7 +2,8 @@
 
 linear alone            the base, without an adapter: what the others are compared with
 ours, two kernels       the base's GEMM, then low_rank, added
-ours, one call          adapted_linear, whose shape decides what is fused
+ours, one call          adapted_linear with that backend for the low-rank term
+ours, by shape          adapted_linear as users call it: ops.adapted_linear.route decides
 A in the GEMM           all identities' A as rows of W: s comes out of the base's GEMM
 merged weights          W + scale B A of each identity written once an image, a batched GEMM
 plain torch, PEFT adapter_names, torch.compile
@@ -91,6 +92,7 @@ def build(setting: Setting, b: int, t: int, n_in: int, n_out: int) -> Work:
     def one_call(backend: str) -> Callable[[], Tensor]:
         return lambda: ops.adapted_linear(x, weight, None, A, B, scale, backend=backend)
 
+    users = (x, weight, None, A, B, scale)
     merged = torch.baddbmm(weight.expand(b, -1, -1), scaled, A).mT
     stacked = torch.cat([weight, A.flatten(0, 1)])
     own = torch.arange(b, device=x.device)[:, None, None].expand(b, t, 1)
@@ -104,6 +106,7 @@ def build(setting: Setting, b: int, t: int, n_in: int, n_out: int) -> Work:
         Contender("linear alone", "base", lambda: functional.linear(x, weight)),
         *our_contenders("adapted_linear", setting, two_kernels, "two kernels"),
         *our_contenders("adapted_linear", setting, one_call, "one call"),
+        Contender("one call, by shape", "ours", lambda: ops.adapted_linear(*users)),
         Contender("A in the GEMM", "eager", inside),
         Contender("merged weights, batched GEMM", "eager", lambda: torch.bmm(x, merged)),
         Contender("torch, as written", "eager", lambda: _written(x, weight, A, scaled)),

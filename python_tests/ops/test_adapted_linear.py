@@ -1,5 +1,7 @@
 """adapted_linear and low_rank: one adapter a sample, against the oracle; every backend alike."""
 
+from importlib import import_module
+
 import awkward
 import numpy as np
 import oracle
@@ -11,6 +13,7 @@ from w2w_fast.errors import InputError
 from w2w_fast.ops.adapted_linear import adapted_linear_reference, add_low_rank
 from w2w_fast.testing import allowed, assert_close
 
+module = import_module("w2w_fast.ops.adapted_linear")  # its name is also the function's
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -79,6 +82,38 @@ def test_both_ways_equal_oracle(backend, r, dtype, adapters):
     check_both_ways(backend, x, A, B, rows, scale, g, base)
     if rows is None and dtype != torch.float32:  # float32 adapters beside a model of 16 bits
         check_both_ways(backend, x, A.float(), B.float(), rows, scale, g, base)
+
+
+@pytest.mark.parametrize("r", [1, 2, 16])
+@pytest.mark.parametrize("scaled", ["number", "one a sample"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_route_by_shape_equals_the_other(monkeypatch, r, scaled, biased):
+    """Many rows of few numbers: weights are merged, sample by sample; the result is the same."""
+    monkeypatch.delenv("W2W_BACKEND", raising=False)
+    x, weight, bias, A, B = (t.cpu() for t in inputs(3, r, t=70, wide=(40, 69), seed=r))
+    bias = bias if biased else None
+    scale = 0.5 if scaled == "number" else awkward.normal(3, seed=7).cpu()
+    assert module.route("cpu", x.dtype, 70, 40, 69) == "merged"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "add_low_rank", None)  # the other route would call it
+        y = ops.adapted_linear(x, weight, bias, A, B, scale)
+    want = oracle.adapted_linear(x, weight, 0 * x[0, 0, 0] if bias is None else bias, A, B, scale)
+    plain = adapted_linear_reference(x, weight, bias, A, B, scale)
+    assert_close("y", y, want, allowed(plain, want))
+    assert_close("forced", ops.adapted_linear(x, weight, bias, A, B, scale, backend="torch"), want,
+                 allowed(plain, want))  # fmt: skip
+    leaf = A.clone().requires_grad_()
+    ops.adapted_linear(x, weight, bias, leaf, B, scale).sum().backward()
+    assert leaf.grad.abs().max() > 0
+
+
+def test_routes_by_shape():
+    route = module.route
+    assert route("cpu", torch.float32, 1024, 320, 320) == "merged"
+    assert route("cpu", torch.float32, 64, 1280, 1280) == "added"
+    assert route("cpu", torch.float32, 77, 768, 320) == "added"
+    assert route("cpu", torch.bfloat16, 4096, 320, 320) == "added"
+    assert route("cuda", torch.float32, 4096, 320, 320) == "added"
 
 
 @pytest.mark.parametrize("r", [1, 4])

@@ -6,7 +6,8 @@
     dL/dx = scale u A      dL/dA = scale u^T x      dL/dB = scale g^T s
 
 where dL/dA and dL/dB of an adapter are summed over the samples that use it; neither Delta W nor a
-gradient of W is ever formed. Hu et al., LoRA, 2021, section 4.
+gradient of W is ever formed. Hu et al., LoRA, 2021, section 4. Without gradients ``adapted_linear``
+takes whichever of two routes its shape makes the faster: see ``route``.
 """
 
 from __future__ import annotations
@@ -333,8 +334,49 @@ def adapted_linear(
     weight ``[out, in]``, bias ``[out]`` or None; the rest as ``low_rank``.
     """
     shapes("adapted_linear", x=(x, "b t in"), weight=(weight, "out in"), B=(B, "k out r"))
+    if not _dispatch.forced(backend) and _may_merge(x, weight, bias, A, B, scale, index):
+        (b, t, n_in), n_out = x.shape, weight.shape[0]
+        if route(x.device.type, x.dtype, t, n_in, n_out) == "merged":
+            wide = scale[:, None, None] if isinstance(scale, Tensor) and scale.ndim else scale
+            W = torch.baddbmm(weight.expand(b, -1, -1), B * wide, A).mT
+            return torch.bmm(x, W) if bias is None else torch.baddbmm(bias, x, W)
     base = functional.linear(x, weight, bias)
     return _checked("adapted_linear", base, x, A, B, scale, index, backend)
+
+
+def route(device: str, dtype: torch.dtype, t: int, n_in: int, n_out: int) -> str:
+    """How ``adapted_linear`` is fastest at a shape, without gradients: "added" or "merged".
+
+    merged: W + scale B A of each sample, then one batched product. It writes ``out x in`` numbers
+    a sample and saves three passes over ``t`` rows, so it pays where t passes the width: measured
+    at SD1.5's shapes (docs/benchmarks.md). Only in float32, since W' in 16 bits would be rounded
+    once more, and only on CPUs, where it was measured.
+    """
+    pays = device == "cpu" and dtype == torch.float32 and t > max(n_in, n_out)
+    return "merged" if pays else "added"
+
+
+def _may_merge(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    index: Tensor | None,
+) -> bool:
+    """Whether the merged route gives what the other would: one adapter a sample, no gradients."""
+    b, r = x.shape[0], A.shape[1:2]
+    per_sample = isinstance(scale, Tensor) and scale.ndim
+    tensors = (x, weight, bias, A, B, *([scale] if isinstance(scale, Tensor) else []))
+    return (
+        index is None
+        and A.shape == (b, *r, x.shape[2])
+        and B.shape == (b, weight.shape[0], *r)
+        and not (per_sample and scale.shape != (b,))
+        and all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in tensors)
+        and _dispatch.plain(*tensors)
+    )
 
 
 def _checked(
