@@ -187,6 +187,13 @@ BAD = [
     "populate {}/photos out --base {}/base --start {}/junk.safetensors",
     "populate {}/photos out --base {}/base --start {}/people.safetensors",
     "populate {}/photos out --base {}/base --start {}/nobody",
+    "populate {}/photos out --base {}/base --prior -1",
+    "populate {}/photos out --base {}/base --check 2000",
+    "populate {}/photos out --base {}/base --vram plenty",
+    "populate {}/photos out --base {}/base --vram 1KiB",
+    "populate {}/photos out --base {}/base --workers 2",
+    "populate {}/photos out --base {}/base --resume",
+    "populate {}/photos out --base {}/base --labels {}/missing.csv",
     "populate {}/photos {}/space --base {}/base",
     # fit
     "fit {}/population",
@@ -347,14 +354,15 @@ def test_sample_and_edit(run, world):
 
 
 def test_populate_and_fit(run, world):
-    line = "populate {}/photos made --base {}/base --alpha 8 --steps 2 --batch 1"
+    line = "populate {}/photos made --base {}/base --alpha 8 --steps 2 --batch 1 --class-images 2"
     assert "2 people" in run(line).stdout
     first = tree(Path("made"))
     run(line)  # finished already: nothing changes
+    run("populate {}/photos made --base {}/base --resume")
     assert tree(Path("made")) == first
     run(line + " --lr 0.5", code=2)
-    mean = "populate {}/photos next --base {}/base --alpha 8 --steps 2 --train B --start made"
-    run(mean)
+    line = "populate {}/photos next --base {}/base --alpha 8 --steps 2 --prior 0 --train B"
+    run(line + " --start made --vram 1GiB")
     assert "2: person-0, person-1" in run("info next").stdout
     result = run("fit {}/population fitted --components 3 --labels {}/labels.csv --base {}/base")
     assert "hat" in result.stdout and result.stderr == ""

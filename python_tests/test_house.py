@@ -24,13 +24,17 @@ OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # The last four are leaves: nobody above may need them.
 LAYERS = [
     {"errors"},
-    {"files", "labels", "linear", "testing"},
+    {"files", "labels", "linear", "sharing", "testing"},
     {"layout"},
+    {"population"},
     {"kernels"},  # Triton, at the top of the repository
     {"ops"},
     {"space"},
     {"attach"},
     {"coefficients", "denoise", "pictures"},
+    {"sources"},
+    {"encoding"},
+    {"training"},
     {"verbs"},
     {"formats"},
     {"demo"},

@@ -54,6 +54,16 @@ class Photos:
         masks = None if self.masks is None else self.masks[index]
         return Photos(self.latents[index], self.text[index], masks)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Photos]) -> Photos:
+        """One batch of several, with masks all or none of them."""
+        masks = [part.masks for part in parts if part.masks is not None]
+        return cls(
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.text for part in parts]),
+            torch.cat(masks) if masks else None,
+        )
+
 
 def device_of(pipe) -> torch.device:
     """Where the pipeline's denoiser lives."""
@@ -134,8 +144,27 @@ def shrink_masks(masks: Tensor, latents: Tensor) -> Tensor:
     return small / mean
 
 
-def losses(pipe, photos: Photos, noise: Tensor, t: Tensor, *, bf16: bool = False) -> Tensor:
-    """The denoising loss of each row, f32 [b]; noise as the latents, t int64 [b]."""
+@contextmanager
+def checkpointed(model: torch.nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Gradient checkpointing inside, if wanted: less memory, a third more work."""
+    if not wanted or model.is_gradient_checkpointing:
+        yield
+        return
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
+
+
+def losses(
+    pipe, photos: Photos, noise: Tensor, t: Tensor, *, bf16: bool = False, snr_gamma: float = 0.0
+) -> Tensor:
+    """The denoising loss of each row, f32 [b]; noise as the latents, t int64 [b].
+
+    snr_gamma: weights a timestep by min(SNR, gamma) / SNR of the predicted noise (Hang et al.,
+    2023, "Min-SNR weighting", eq. 7), which for v is min(SNR, gamma) / (SNR + 1); 0: by nothing.
+    """
     scheduler, clean = pipe.scheduler, photos.latents
     model = denoiser(pipe)
     noisy = scheduler.add_noise(clean, noise, t).to(model.dtype)
@@ -151,7 +180,12 @@ def losses(pipe, photos: Photos, noise: Tensor, t: Tensor, *, bf16: bool = False
     error = (prediction - target).square()
     if photos.masks is not None:
         error = error * photos.masks
-    return error.mean(dim=(1, 2, 3))
+    loss = error.mean(dim=(1, 2, 3))
+    if snr_gamma:
+        a = scheduler.alphas_cumprod.to(t.device, torch.float32)[t]
+        snr = a / (1 - a)
+        loss = loss * snr.clamp(max=snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+    return loss
 
 
 def draw_timesteps(n: int, train_steps: int, law: str, generator: torch.Generator) -> Tensor:

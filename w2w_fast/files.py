@@ -361,9 +361,16 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def write_manifest(folder: str | os.PathLike) -> None:
-    """Write manifest.json: each file below ``folder`` with its sha256 and size."""
+    """Write manifest.json: each file below ``folder`` with its sha256 and size.
+
+    Names that start with a dot are left out: temporaries, and the locks of work going on.
+    """
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p != folder / MANIFEST and not p.name.startswith(".")
+    )
     write_json(
         folder / MANIFEST,
         {

@@ -5,11 +5,15 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 
 def read_labels(path: str | Path) -> tuple[list[str] | None, list[str], Tensor]:
@@ -69,3 +73,12 @@ def labels_of(path: str | Path, people: Sequence[str]) -> tuple[Tensor, list[str
             f"{missing[0]!r} first"
         )
     return labels[[where[name] for name in people]], attributes
+
+
+def labels_table(path: str | Path, people: Sequence[str]) -> Table:
+    """The same as a table: a column of names, then one an attribute."""
+    import pyarrow as pa
+
+    labels, attributes = labels_of(path, people)
+    columns = dict(zip(attributes, labels.mT.tolist(), strict=True))
+    return pa.table({"name": list(people), **columns})

@@ -75,7 +75,7 @@ def open_population(folder: str | Path, *, verify: bool = True) -> Population:
     found by who uses them: that would read all of it.
     """
     folder = Path(folder)
-    record = _record(folder)
+    record = read_record(folder)
     if not record.get("finished"):
         raise InputError(f"{folder}: this population is not finished; run the same command again")
     if verify:
@@ -110,12 +110,13 @@ def begin(folder: str | Path, layout: Layout, job: Mapping[str, Any]) -> Path:
     folder = Path(folder)
     wanted = {"format": FORMAT, "version": VERSION, "layout": layout.to_json(), "job": dict(job)}
     if not (folder / RECORD).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        here = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+        if any(not path.name.startswith(".") for path in here):
             raise InputError(f"{folder}: not empty and not a population; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, wanted | {"finished": False})
         return folder
-    old = _record(folder)
+    old = read_record(folder)
     mine, other = json.loads(json.dumps(wanted["job"])), old.get("job", {})
     different = sorted(key for key in mine | other if mine.get(key) != other.get(key))
     if old.get("layout") != json.loads(json.dumps(wanted["layout"])):
@@ -163,7 +164,7 @@ def finish(
         if content is not None:
             with atomic_path(folder / name) as temporary:
                 parquet.write_table(content, temporary)
-    write_json(folder / RECORD, _record(folder) | {"finished": True, "shards": shards})
+    write_json(folder / RECORD, read_record(folder) | {"finished": True, "shards": shards})
     write_manifest(folder)
 
 
@@ -173,7 +174,8 @@ def blocks(shards: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
         yield from shard.split(rows)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """population.json, of a finished population or one in the making."""
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{folder / RECORD}: not the record of a population")

@@ -32,10 +32,24 @@ def doctor() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("w2w-demo"),
     photo: Annotated[Path | None, typer.Option(help="A portrait photo to invert too.")] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Instead: make the embedded world again, from nothing, into --out. About two "
+            "hours on two cores; goes on where it was killed.",
+        ),
+    ] = False,
     seed: opt.Seed = 0,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """A weight space at work in a minute: sampled, edited, inverted, exported; one HTML page."""
+    if rebuild:
+        from ..demo.build import build
+
+        build(out)
+        typer.echo(f"{out}: the world; score it with `python -m w2w_fast.demo.score {out}`")
+        return
     shared.new_folder(out, overwrite, "report.html")
     if photo is not None:
         from ..files import read_image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def read_people(paths: list[Path], size: int) -> tuple[Any, list[int], list[str]
     """
     import torch
 
-    from ..verbs.populate import PHOTO_SUFFIXES, photo_tensor
+    from ..sources import PHOTO_SUFFIXES, photo_tensor
 
     photos, people, names = [], [], []
     for who, path in enumerate(paths):
@@ -207,7 +208,7 @@ def read_masks(paths: list[Path], photos: int, size: int) -> Any:
     """Masks f32 [p, 1, size, size] in [0, 1], white on the face; one may serve all photos."""
     import torch
 
-    from ..verbs.populate import photo_tensor
+    from ..sources import photo_tensor
 
     if len(paths) not in (1, photos):
         raise InputError(f"--mask: wanted one, or one for each of {photos} photos in their order")
@@ -215,22 +216,49 @@ def read_masks(paths: list[Path], photos: int, size: int) -> Any:
     return torch.stack(grey * (photos // len(paths)))
 
 
+def memory_size(text: str) -> int:
+    """Bytes of "8GiB", "500 MB" or "12g"; InputError for what is no size."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    if match is None:
+        raise InputError(f"--vram: wanted a size such as 8GiB, got {text!r}")
+    number, unit, ending = match.groups()
+    return int(float(number) * (1000 if ending == "b" else 1024) ** ("kmgt".find(unit or "?") + 1))
+
+
 def read_start(path: Path, layout: Layout) -> Any:
-    """The adapter w [d] to start from: a file's, or the mean of a finished population."""
+    """The adapter w [d] to start from.
+
+    The mean of a finished population or of a space, a LoRA, or a file with a tensor w.
+    """
     import torch
 
     from ..files import read_tensors
+    from ..formats import read_adapter
     from ..population import open_population
 
-    if path.is_dir():
+    def same(other: Layout, what: str) -> None:
+        if other != layout:
+            raise InputError(f"--start: {path}: {what} of another layout than this base's")
+
+    if (path / "space.json").is_file():
+        space = open_space(str(path))
+        same(space.layout, "a space")
+        return space.mean
+    if (path / "population.json").is_file():
         first = open_population(path)
-        if first.layout != layout:
-            raise InputError(f"--start: {path}: a population of another layout than this base's")
-        if not len(first):
-            raise InputError(f"--start: {path}: a population of nobody")
+        same(first.layout, "a population")
         return torch.stack([w.double().sum(0) for w in first.shards]).sum(0).div(len(first)).float()
-    expect = {"w": ((layout.size,), {torch.float32})}
-    return read_tensors(path, expect=expect)[0]["w"]
+    if path.is_file() and set(read_tensors(path)[0]) == {"w"}:
+        expect = {"w": ((layout.size,), {torch.float32})}
+        return read_tensors(path, expect=expect)[0]["w"]
+    adapter = read_adapter(path)
+    if set(adapter.modules) != set(layout.names) or adapter.ranks != (layout.rank,):
+        raise InputError(
+            f"--start: {path}: a LoRA of {len(adapter.modules)} modules of rank "
+            f"{', '.join(map(str, adapter.ranks))}; wanted this base's "
+            f"{len(layout.modules)}, of rank {layout.rank}"
+        )
+    return layout.flatten({n: (a, b / layout.scale) for n, (a, b) in adapter.modules.items()})
 
 
 def defaults(space: WeightSpace, verb: str, kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _part(name: str) -> Path:
     if not path.exists():
         raise InputError(
             f"the embedded world lacks {name}: this copy was installed without its data; "
-            "build it again with `python -m w2w_fast.demo.build`"
+            "build it again with `w2w demo --rebuild`"
         )
     return path
 

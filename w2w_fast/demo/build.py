@@ -1,4 +1,4 @@
-"""Build the embedded world from nothing: `python -m w2w_fast.demo.build OUT`.
+"""Build the embedded world from nothing: `w2w demo --rebuild --out OUT`.
 
 Each stage is kept in OUT and skipped when it is there, and `populate` resumes by shards, so that
 a killed build goes on where it was: base model, reader, a first small population whose mean
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..files import write_tensors
 from ..layout import Layout
+from ..training import Recipe, Subject
 from ..verbs.fit import fit
-from ..verbs.populate import Recipe, Subject, populate
+from ..verbs.populate import populate
 from . import base, pipeline, reading, render
 
 PEOPLE, FIRST, PHOTOS = 1024, 64, 16
@@ -31,9 +32,11 @@ META = {
 """Recorded in the space: what `generate` and `invert` use unless told otherwise."""
 ALPHA = 8.0
 FIRST_RECIPE = Recipe(
-    steps=200, lr=0.01, eps=1e-4, train="AB", timesteps="early", average=0.5, seed=5
+    steps=200, lr=0.01, eps=1e-4, train="AB", timesteps="early", average=0.5, prior=0.0, seed=5
 )
-RECIPE = Recipe(steps=300, lr=0.005, eps=1e-4, train="AB", timesteps="uniform", average=0.5, seed=6)
+RECIPE = Recipe(
+    steps=300, lr=0.005, eps=1e-4, train="AB", timesteps="uniform", average=0.5, prior=0.0, seed=6
+)
 BACKGROUND = 0.15
 """How much a pixel outside the head counts in the loss of the population, against 1 inside."""
 
@@ -91,8 +94,7 @@ def build(out: Path) -> None:
     pipe = load_for_training(out)
     layout = Layout.discover(pipe.unet, alpha=ALPHA)
     first = subjects(persons("first", FIRST), "first", masked=False)
-    w, _ = populate(pipe, first, layout, out / "first", recipe=FIRST_RECIPE)
-    start = w.mean(0)
+    start = populate(pipe, first, layout, out / "first", recipe=FIRST_RECIPE).load().mean(0)
     write_tensors(out / "start.safetensors", {"w": start})
     people = persons("population", PEOPLE)
     write_labels(out / "labels.csv", people, "person")

@@ -19,10 +19,10 @@ from ..coefficients import write_coefficients
 from ..errors import InputError
 from ..files import atomic_dir, read_image
 from ..pictures import contact_sheet
+from ..sources import photo_tensor
 from ..verbs.edit import edit
 from ..verbs.generate import generate
 from ..verbs.invert import invert
-from ..verbs.populate import photo_tensor
 from ..verbs.sample import sample
 from . import WORLD, figures, pipeline, reader, render, space
 from .score import held_out_photos

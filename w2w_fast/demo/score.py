@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..denoise import Photos, encode_images, encode_prompts
 from ..files import write_json
 from ..layout import Layout
 from ..space import WeightSpace
+from ..training import Recipe, Subject, train
 from ..verbs.edit import direction
 from ..verbs.generate import generate
 from ..verbs.invert import invert
-from ..verbs.populate import Recipe, initial_adapter, train_batch
 from ..verbs.sample import sample
 from . import pipeline, render
 from .reading import Reader, Reading, stack
@@ -144,14 +143,12 @@ def score_inversion(space, pipe, reader, training_pipe, n: int = 64, images: int
     texts, places = prompts(len(rows), 51)
     ours = reader.read(pictures(space, pipe, c[rows], texts, 3000))
 
-    latents = encode_images(training_pipe, photos)
-    text = encode_prompts(training_pipe, ["sks person"] * n)
-    encoded = [Photos(latents[i : i + 1], text[i : i + 1]) for i in range(n)]
+    subjects = [Subject(str(i), photo[None], ("sks person",)) for i, photo in enumerate(photos)]
     recipe = Recipe(
-        steps=space.meta["invert"]["steps"], lr=0.005, eps=1e-4, timesteps="early", average=0.5
-    )
-    start = initial_adapter(space.layout)
-    w = train_batch(training_pipe, space.layout, encoded, recipe, start)
+        steps=space.meta["invert"]["steps"], lr=0.005, eps=1e-4, timesteps="early", average=0.5,
+        prior=0.0,
+    )  # fmt: skip
+    w = train(training_pipe, space.layout, subjects, recipe)
     rival = reader.read(adapter_pictures(space, pipe, w[rows], texts, 3000))
     z = (c - space.mu) / space.sigma
     return {

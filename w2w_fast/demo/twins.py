@@ -18,7 +18,7 @@ from torch import Tensor
 from ..files import read_tensors
 from ..layout import Layout
 from ..space import WeightSpace
-from ..verbs.populate import Recipe, populate
+from ..training import Recipe, train
 from . import pipeline, render
 from .build import RECIPE, load_for_training, subjects
 from .reading import Reader
@@ -45,7 +45,7 @@ def twin_test(
             without[:, column], with_it[:, column] = 0.0, 1.0
         everybody += [without, with_it]
     group = subjects(torch.cat(everybody), "twin")
-    w, _ = populate(training_pipe, group, layout, recipe=recipe, start=start, batch=len(group))
+    w = train(training_pipe, layout, group, recipe, start, batch=len(group))
     w = w.view(len(CHANGES), 2, pairs, -1)
     texts, _ = prompts(pairs, seed + 1)
     result = {}

@@ -1,333 +1,247 @@
-"""`populate`: fine-tune one base model to many people at once (w2w paper, section 3.1).
+"""`populate`: fine-tune one base model to many people (w2w paper, section 3.1), resumably.
 
-DreamBooth with rank-1 adapters, K subjects in ONE batch on one frozen base: the adapters are a
-flat [K, d] tensor, so one Adam step is K independent optimisers. Every subject starts from the
-same adapter and sees the same sequence of timesteps, noise and photo choices (common random
-numbers); without that the population's spread is training noise and no weight space appears.
+The subjects are cut into shards, in their order; a shard is trained by `training.Training` and
+written whole. Whoever trains a shard holds its lock, so that several processes may work on one
+folder: each takes what nobody has, and takes over what a killed one left, from its last state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attach import attach
-from ..denoise import (
-    MOST_CHARACTERS,
-    Photos,
-    check_masks,
-    check_prompts,
-    check_seed,
-    denoiser,
-    device_of,
-    draw_timesteps,
-    encode_images,
-    encode_prompts,
-    frozen,
-    losses,
-    shrink_masks,
-)
+from .. import population
+from ..denoise import denoiser
+from ..encoding import Encoded, Encoder, fingerprint
 from ..errors import InputError
-from ..files import (
-    check_manifest,
-    read_image,
-    read_json,
-    read_tensors,
-    write_json,
-    write_manifest,
-    write_tensors,
-)
+from ..files import read_tensors, write_tensors
+from ..labels import labels_table
 from ..layout import Layout
+from ..population import Population, shard_path
+from ..sharing import locked, share
+from ..training import Recipe, Subject, Training, initial_adapter, largest_batch
 
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+if TYPE_CHECKING:
+    from pyarrow import Table
 
+    from ..sources import Listing
 
-@dataclass(frozen=True)
-class Subject:
-    """One person: a name, photographs uint8 [p, 3, h, w], and a prompt for each.
-
-    masks [p, 1, h, w] in [0, 1] say how much each pixel counts in the loss: where the person is
-    one learns the person, in fewer steps, and not the places.
-    """
-
-    name: str
-    images: Tensor
-    prompts: tuple[str, ...]
-    masks: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        images, p = self.images, len(self.prompts)
-        photos = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
-        if not photos or images.shape[0] != p or not p:
-            raise InputError(
-                f"subject {self.name!r}: wanted uint8 images [p, 3, h, w] and p > 0 prompts, "
-                f"got {images.dtype} {tuple(images.shape)} and {p} prompts"
-            )
-        if self.masks is not None:
-            check_masks(self.masks, p)
+START, CLASS = "start.safetensors", "class.safetensors"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How each subject is trained. The defaults are the paper's; `demo.build` shows others.
+class Listed(Sequence[Subject]):
+    """The subjects of a listing on disk, each read when it is asked for.
 
-    train: "AB", or "B" with A shared and frozen (delta W is then linear in the adapter).
-    timesteps: "uniform", or "early" (high noise, where identity is decided, more often).
-    average: the share of the last steps whose iterates are averaged; 0 keeps the last one.
+    Photographs become size x size; prompt serves where a photo has none of its own.
     """
 
-    steps: int = 800
-    lr: float = 1e-4
-    eps: float = 1e-8
-    train: str = "AB"
-    timesteps: str = "uniform"
-    average: float = 0.0
-    seed: int = 0
+    listing: Listing
+    size: int
+    prompt: str
 
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-        good = {
-            "steps": 1 <= self.steps <= 100_000,
-            "lr": math.isfinite(self.lr) and self.lr > 0,
-            "eps": math.isfinite(self.eps) and self.eps > 0,
-            "train": self.train in ("AB", "B"),
-            "timesteps": self.timesteps in ("uniform", "early"),
-            "average": 0 <= self.average < 1,
-        }
-        for name, ok in good.items():
-            if not ok:
-                raise InputError(f"recipe: {name}={getattr(self, name)!r} is out of range")
+    @property
+    def names(self) -> list[str]:
+        return self.listing.names
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(
+            json.dumps([self.listing.digest, self.size, self.prompt]).encode()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.listing.names)
+
+    def __getitem__(self, i: int) -> Subject:
+        return self.listing.read(i, self.size, self.prompt)
 
 
-def initial_adapter(layout: Layout, seed: int = 0) -> Tensor:
-    """The start every subject shares, w [d]: A uniform in +-1/sqrt(in), B zero, as in PEFT."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.zeros(layout.size)
-    for module, (a, _) in zip(layout.modules, layout.slices(), strict=True):
-        bound = module.in_features**-0.5
-        w[a] = (torch.rand(a.stop - a.start, generator=generator) * 2 - 1) * bound
-    return w
+@dataclass(frozen=True)
+class _Part(Sequence[Subject]):
+    """Some neighbours of a sequence of subjects, still read one by one."""
 
+    subjects: Sequence[Subject]
+    names: list[str]
+    first: int
 
-def train_batch(
-    pipe,
-    layout: Layout,
-    subjects: Sequence[Photos],
-    recipe: Recipe,
-    start: Tensor,
-    *,
-    bf16: bool = False,
-    progress: tqdm | None = None,
-) -> Tensor:
-    """Train K subjects together: w [K, d] f32. Rows do not influence one another."""
-    device, k = device_of(pipe), len(subjects)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    counts = torch.tensor([len(photos) for photos in subjects])
-    offsets = (counts.cumsum(0) - counts).to(device)
-    everything = Photos(
-        torch.cat([photos.latents for photos in subjects]),
-        torch.cat([photos.text for photos in subjects]),
-        None if subjects[0].masks is None else torch.cat([photos.masks for photos in subjects]),
-    )
-    w = start.to(device, torch.float32).expand(k, -1).clone().requires_grad_()
-    trained = torch.ones(layout.size, device=device)
-    if recipe.train == "B":
-        for a, _ in layout.slices():
-            trained[a] = 0
-    optimiser = torch.optim.Adam([w], lr=recipe.lr, eps=recipe.eps)
-    keep_from = recipe.steps - max(1, round(recipe.average * recipe.steps))
-    total = torch.zeros_like(w, dtype=torch.float64)
-    train_steps = pipe.scheduler.config.num_train_timesteps
-    shape = everything.latents.shape[1:]
-    model = denoiser(pipe)
-    with frozen(model), attach(model, layout) as live:
-        live.adapters = w
-        for step in range(recipe.steps):
-            t = draw_timesteps(1, train_steps, recipe.timesteps, generator).to(device)
-            noise = torch.randn(1, *shape, generator=generator).to(device)
-            which = (torch.rand(1, generator=generator) * counts).long().to(device)
-            photos = everything.take(offsets + which)
-            loss = losses(pipe, photos, noise.expand(k, *shape), t.expand(k), bf16=bf16)
-            optimiser.zero_grad(set_to_none=True)
-            loss.sum().backward()
-            w.grad.mul_(trained)
-            optimiser.step()
-            if step >= keep_from:
-                total += w.detach()
-            if progress is not None:
-                progress.update(k)
-                if step % 10 == 0:
-                    progress.set_postfix(loss=f"{loss.detach().mean():.4f}")
-    return (total / (recipe.steps - keep_from)).float().cpu()
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> Subject:
+        return self.subjects[self.first + i]
 
 
 def populate(
     pipe,
     subjects: Sequence[Subject],
     layout: Layout,
-    out: str | Path | None = None,
+    out: str | Path,
     *,
     recipe: Recipe | None = None,
     start: Tensor | None = None,
     batch: int = 64,
+    memory: int | None = None,
+    shard: int | None = None,
+    labels: str | Path | None = None,
     bf16: bool = False,
+    checkpointing: bool = False,
+    cache: str | Path | None = None,
+    save_every: float = 60.0,
     progress: bool = True,
-) -> tuple[Tensor, list[str]]:
-    """Train an adapter for every subject: (w [n, d] f32 on the CPU, their names).
+) -> Population:
+    """Train an adapter for every subject, into a population's folder `out`.
 
-    pipe: a Stable Diffusion pipeline; its VAE and text encoder run once a photograph.
-    start: the adapter w [d] everybody starts from (`initial_adapter` by default; the mean of an
-        earlier population makes the map from person to weights smoother).
-    batch: subjects trained together. Memory only: rows do not influence one another.
-    out: a folder; each finished batch is a shard there, and a second call with the same
-        subjects and settings goes on after the last one.
+    pipe: a Stable Diffusion pipeline; its VAE and text encoder run once a photograph and prompt.
+    subjects: in the order of the population; `Listed` reads them from disk one by one.
+    recipe: the paper's by default. start: the adapter w [d] everybody starts from
+        (`initial_adapter` by default; the mean of an earlier population makes the map from person
+        to weights smoother).
+    batch: subjects trained together; rows do not influence one another. memory: bytes to fit the
+        batch to instead. shard: subjects a file, 256 by default.
+    labels: a CSV or Parquet table, joined by name, that is kept beside the people.
+    bf16: autocast. checkpointing: of gradients. cache: where encoded photographs are kept for
+        other runs too; without it they go with their shard.
+    save_every: seconds between two states of the shard in work: what a kill costs at most.
 
-    A subject whose adapter is not finite is left out of the result and named in
-    `population.json`. Raises InputError for subjects, recipes or folders that do not fit.
+    A second call with the same subjects and settings goes on where the first was killed, to the
+    same bytes; two at once share the work. Subjects that cannot be read or whose adapter is not
+    finite are set aside, with the reason in the table of people. InputError for what does not fit,
+    before anything is written.
     """
-    recipe = recipe or Recipe()
-    names = [subject.name for subject in subjects]
-    if not subjects or len(set(names)) != len(names):
-        raise InputError("subjects: wanted at least one, each with a name of its own")
-    if not 1 <= batch <= 4096:
-        raise InputError(f"batch: wanted 1 to 4096, got {batch}")
+    recipe, out = recipe or Recipe(), Path(out)
+    names = _names(subjects)
     layout.check(denoiser(pipe))
-    for subject in subjects:
-        check_prompts(subject.prompts)
-    unmasked = [subject.name for subject in subjects if subject.masks is None]
-    if len(unmasked) not in (0, len(subjects)):
-        raise InputError(f"subjects: wanted masks for all or for none, {unmasked[0]!r} has none")
-    start = initial_adapter(layout, recipe.seed) if start is None else start.detach().cpu()
+    table = None if labels is None else labels_table(labels, names)
+    start = initial_adapter(layout, recipe.seed) if start is None else start.detach().cpu().float()
     if start.shape != (layout.size,) or not torch.isfinite(start).all():
         raise InputError(
             f"start: wanted a finite adapter [{layout.size}], got {tuple(start.shape)}"
         )
+    options: dict[str, Any] = {"bf16": bf16, "checkpointing": checkpointing}
+    if memory is not None:
+        batch = _recorded_batch(out) or _fitting(pipe, layout, subjects, recipe, start, options,
+                                                 memory)  # fmt: skip
+    shard = max(256, batch) if shard is None else shard
+    for name, value, most in (("batch", batch, 4096), ("shard", shard, 65_536)):
+        if not 1 <= value <= most:
+            raise InputError(f"{name}: wanted 1 to {most}, got {value}")
     job = {
-        "layout": layout.to_json(),
+        "verb": "populate",
         "recipe": asdict(recipe),
-        "start": hashlib.sha256(start.float().numpy().tobytes()).hexdigest(),
+        "start": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
         "batch": batch,
-        "names": names,
-        "photos": _fingerprint(subjects),
+        "shard": shard,
+        "people": len(names),
+        "prompt": getattr(subjects, "prompt", None),
+        "subjects": _digest(subjects),
+        "base": fingerprint(denoiser(pipe)),
+        "labels": None if table is None else _table_digest(table),
+        **options,
     }
-    folder = None if out is None else _open_job(Path(out), job)
-    groups = [subjects[i : i + batch] for i in range(0, len(subjects), batch)]
-    rows: list[Tensor] = []
-    total = len(subjects) * recipe.steps
-    with tqdm(total=total, unit="step", desc="populate", disable=not progress) as bar:
-        for i, group in enumerate(groups):
-            shard = folder and folder / f"shard-{i:05d}.safetensors"
-            if shard and shard.exists():
-                expect = {"w": ((len(group), layout.size), {torch.float32})}
-                w = read_tensors(shard, expect=expect, finite=False)[0]["w"]
-                bar.update(len(group) * recipe.steps)
-            else:
-                encoded = [_encoded(pipe, subject) for subject in group]
-                w = train_batch(pipe, layout, encoded, recipe, start, bf16=bf16, progress=bar)
-                if shard:
-                    write_tensors(shard, {"w": w}, {"names": json.dumps([s.name for s in group])})
-            rows.append(w)
-    w = torch.cat(rows)
-    finite = torch.isfinite(w).all(1)
-    kept = [name for name, ok in zip(names, finite.tolist(), strict=True) if ok]
-    if folder:
-        diverged = [name for name in names if name not in set(kept)]
-        write_json(folder / "population.json", job | {"finished": True, "diverged": diverged})
-        write_manifest(folder)
-    return w[finite], kept
+    folder = population.begin(out, layout, job)
+    if _finished(folder):
+        return population.open_population(folder)
+    if not (folder / START).exists():
+        write_tensors(folder / START, {"w": start})
+    encoder = Encoder(pipe, cache)
+    prior = _class_photos(pipe, recipe, encoder, folder) if recipe.prior else None
+    parts = [_Part(subjects, names[i : i + shard], i) for i in range(0, len(names), shard)]
+    with tqdm(
+        total=len(names) * recipe.steps, unit="step", desc="populate", disable=not progress
+    ) as bar:
+
+        def work(i: int) -> None:
+            own = folder / f".cache-{i:05d}"
+            training = Training(
+                pipe, layout, parts[i], recipe, start, batch=batch, class_photos=prior,
+                encoder=encoder if cache is not None else Encoder(pipe, own),
+                state=folder / f".state-{i:05d}.safetensors", save_every=save_every, progress=bar,
+                **options,
+            )  # fmt: skip
+            w, people = training.run()
+            kept = [person["name"] for person in people if not person["reason"]]
+            population.write_shard(folder, i, w, kept, people)
+            shutil.rmtree(own, ignore_errors=True)
+
+        share(
+            folder, len(parts), work,
+            done=lambda i: shard_path(folder, i).exists(),
+            seen=lambda i: bar.update(len(parts[i]) * recipe.steps),
+        )  # fmt: skip
+    _close(folder, len(parts), table)
+    return population.open_population(folder)
 
 
-def read_population(folder: str | Path) -> tuple[Tensor, Layout, list[str]]:
-    """A finished population: (w [n, d], its layout, names), every file checked."""
-    folder = Path(folder)
-    job = read_json(folder / "population.json")
-    if not isinstance(job, dict) or not job.get("finished"):
-        raise InputError(f"{folder}: this population is not finished; run populate again to go on")
-    check_manifest(folder)
-    layout = Layout.from_json(job["layout"])
-    rows = []
-    for i in range(math.ceil(len(job["names"]) / job["batch"])):
-        expect = {"w": ((None, layout.size), {torch.float32})}
-        path = folder / f"shard-{i:05d}.safetensors"
-        rows.append(read_tensors(path, expect=expect, finite=False)[0]["w"])
-    w = torch.cat(rows)
-    if len(w) != len(job["names"]):
-        raise InputError(f"{folder}: {len(w)} adapters for {len(job['names'])} names")
-    finite = torch.isfinite(w).all(1)
-    return w[finite], layout, [n for n, ok in zip(job["names"], finite, strict=True) if ok]
+def recorded(out: str | Path) -> dict[str, Any]:
+    """The settings of a population that was begun: `populate`'s, its layout and the prompt."""
+    record = population.read_record(Path(out))
+    job = record["job"]
+    if job.get("verb") != "populate":
+        raise InputError(f"{out}: a population that populate did not make")
+    settings = {key: job[key] for key in ("batch", "shard", "bf16", "checkpointing", "prompt")}
+    layout = Layout.from_json(record["layout"])
+    expect = {"w": ((layout.size,), {torch.float32})}
+    settings["start"] = read_tensors(Path(out) / START, expect=expect)[0]["w"]
+    return settings | {"recipe": Recipe(**job["recipe"]), "layout": layout}
 
 
-def read_subjects(folder: str | Path, prompt: str, size: int) -> list[Subject]:
-    """One sub-folder a subject, in alphabetical order; `photo.txt` beside a photo is its prompt.
-
-    A grey `photo.mask.png` beside it says how much each pixel counts in the loss (white: fully).
-    Photographs and masks are cropped to the centre square and scaled to size x size. InputError
-    where a sub-folder has no photo, or some photos of a subject have masks and others have none.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; wanted one with a sub-folder for each subject")
-    subjects = []
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
-        pictures = sorted(p for p in sub.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
-        photos = [path for path in pictures if not path.stem.endswith(".mask")]
-        if not photos:
-            raise InputError(f"{sub}: no photo ({', '.join(PHOTO_SUFFIXES)}) in it")
-        images = torch.stack([photo_tensor(path, size) for path in photos])
-        beside = [path.with_suffix(".txt") for path in photos]
-        prompts = tuple(_read_prompt(p) if p.exists() else prompt for p in beside)
-        subjects.append(Subject(sub.name, images, prompts, _read_masks(photos, size)))
-    if not subjects:
-        raise InputError(f"{folder}: no sub-folders; wanted one for each subject")
-    return subjects
+# --- the job --------------------------------------------------------------------------------------
 
 
-def _read_masks(photos: Sequence[Path], size: int) -> Tensor | None:
-    beside = [path.with_suffix(".mask.png") for path in photos]
-    missing = [path for path in beside if not path.exists()]
-    if len(missing) == len(beside):
-        return None
-    if missing:
-        raise InputError(
-            f"{missing[0]}: missing; wanted a mask for each photo of {beside[0].parent}"
-        )
-    grey = torch.stack([photo_tensor(path, size) for path in beside]).float().mean(1, keepdim=True)
-    return grey / 255
+def _close(folder: Path, shards: int, labels: Table | None) -> None:
+    """Finish the population, once, and leave nothing beside it."""
+    with locked(folder, "finish"):
+        if not _finished(folder):
+            people = []
+            for i in range(shards):
+                names, facts = population.read_about(folder, i)
+                where = {name: row for row, name in enumerate(names)}
+                for fact in facts:
+                    row = where.get(fact["name"])
+                    people.append({"name": fact["name"], "shard": None if row is None else i,
+                                   "row": row, **fact})  # fmt: skip
+            if all(person["reason"] for person in people):
+                raise InputError(
+                    f"{folder}: nobody is left of {len(people)} subjects; the first, "
+                    f"{people[0]['name']}: {people[0]['reason']}"
+                )
+            # What a killed process left, and what was only needed on the way.
+            for path in folder.glob(".*"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.suffix != ".lock":
+                    path.unlink()
+            population.finish(folder, shards, people, labels)
+    for path in folder.glob(".*.lock"):
+        path.unlink(missing_ok=True)
 
 
-def _read_prompt(path: Path) -> str:
-    if path.stat().st_size > 4 * MOST_CHARACTERS:
-        raise InputError(f"{path}: wanted a prompt of at most {MOST_CHARACTERS:,} characters")
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from None
+def _finished(folder: Path) -> bool:
+    return bool(population.read_record(folder).get("finished"))
 
 
-def photo_tensor(source: str | Path | bytes, size: int) -> Tensor:
-    """A photograph as uint8 [3, size, size]: centre square, area-averaged."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.fit(read_image(source), (size, size), Image.Resampling.BOX)
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.view(size, size, 3).permute(2, 0, 1).contiguous()
+def _names(subjects: Sequence[Subject]) -> list[str]:
+    names = getattr(subjects, "names", None) or [subject.name for subject in subjects]
+    if not names or len(set(names)) != len(names):
+        raise InputError("subjects: wanted at least one, each with a name of its own")
+    return names
 
 
-def _encoded(pipe, subject: Subject) -> Photos:
-    latents = encode_images(pipe, subject.images)
-    masks = None if subject.masks is None else shrink_masks(subject.masks, latents)
-    return Photos(latents, encode_prompts(pipe, subject.prompts), masks)
-
-
-def _fingerprint(subjects: Sequence[Subject]) -> str:
+def _digest(subjects: Sequence[Subject]) -> str:
+    """The same for the same photographs, prompts and masks; of a listing, its own."""
+    known = getattr(subjects, "digest", None)
+    if known is not None:
+        return known
     digest = hashlib.sha256()
     for subject in subjects:
         digest.update(json.dumps([subject.name, subject.prompts]).encode())
@@ -337,20 +251,61 @@ def _fingerprint(subjects: Sequence[Subject]) -> str:
     return digest.hexdigest()
 
 
-def _open_job(folder: Path, job: dict) -> Path:
-    """Start the job's folder, or take up one that was started with the same job."""
-    record = folder / "population.json"
-    if not record.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: not empty and not a population; give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, job | {"finished": False})
-        return folder
-    old = read_json(record)
-    different = [key for key, value in job.items() if old.get(key) != json.loads(json.dumps(value))]
-    if different:
-        raise InputError(
-            f"{folder}: holds a population made with another {', '.join(different)}; "
-            "give another folder, or the same settings to go on"
-        )
-    return folder
+def _table_digest(table: Table) -> str:
+    return hashlib.sha256(json.dumps(table.to_pydict()).encode()).hexdigest()
+
+
+def _recorded_batch(out: Path) -> int | None:
+    """The batch of a job that is there: resumed with another, it would be another job."""
+    if not (out / population.RECORD).exists():
+        return None
+    batch = population.read_record(out).get("job", {}).get("batch")
+    return batch if isinstance(batch, int) else None
+
+
+def _fitting(
+    pipe, layout: Layout, subjects: Sequence[Subject], recipe: Recipe, start: Tensor,
+    options: dict[str, Any], memory: int,
+) -> int:  # fmt: skip
+    """The largest batch for so many bytes, tried on the first subject that can be read."""
+    first, reason = None, None
+    for i in range(len(subjects)):
+        try:
+            first = subjects[i]
+            break
+        except InputError as error:
+            reason = reason or error
+    if first is None:
+        raise reason
+    recipe = replace(recipe, class_images=1)
+    encoder = Encoder(pipe)
+    encoded = encoder(first)
+    prior = Encoded(encoded.latents[:1], encoded.text[:1]) if recipe.prior else None
+
+    def training(k: int) -> Training:
+        return Training(pipe, layout, [first] * k, recipe, start, batch=k, class_photos=prior,
+                        encoder=encoder, **options)  # fmt: skip
+
+    return largest_batch(training, memory, min(4096, len(subjects)))
+
+
+def _class_photos(pipe, recipe: Recipe, encoder: Encoder, folder: Path) -> Encoded:
+    """Pictures of the class by the base model itself, as latents, made once (DreamBooth, 3.2)."""
+    n, path = recipe.class_images, folder / CLASS
+    text = [encoder.text(recipe.class_prompt)] * n
+    with locked(folder, "class"):
+        if not path.exists():
+            parts, shown = [], getattr(pipe, "_progress_bar_config", {})
+            pipe.set_progress_bar_config(**{**shown, "disable": True})
+            try:
+                for part in tqdm(torch.arange(n).split(16), unit="batch", desc="class pictures"):
+                    generators = [torch.Generator().manual_seed(int(i)) for i in part]
+                    with torch.no_grad():
+                        made = pipe([recipe.class_prompt] * len(part), generator=generators,
+                                    output_type="latent")  # fmt: skip
+                    parts.append(made.images.float().cpu())
+            finally:
+                pipe.set_progress_bar_config(**shown)
+            write_tensors(path, {"latents": torch.cat(parts)})
+    latents = read_tensors(path, mmap=False)[0]["latents"]
+    return Encoded(latents.to(text[0].device), text)

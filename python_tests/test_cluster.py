@@ -1,0 +1,68 @@
+"""`w2w populate --ray`: two workers on one folder, one of them killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_world import make_pipe, photographs
+
+from w2w_fast.cli import jobs
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Six people, three shards, a training of some seconds; a state after every step."""
+    make_pipe(tmp_path / "tokenizer").save_pretrained(tmp_path / "base")
+    for i in range(6):
+        folder = tmp_path / "photos" / f"person-{i}"
+        folder.mkdir(parents=True)
+        for j, photo in enumerate(photographs(2, seed=i)):
+            Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{j}.png")
+    recipe = {"steps": 60, "lr": 0.01, "eps": 1e-4, "prior": 0.0}
+    settings = {
+        "recipe": recipe, "start": None, "batch": 2, "vram": None, "shard": 2, "rank": 1,
+        "alpha": 8.0, "prompt": "sks person", "save_every": 0.0,
+    }  # fmt: skip
+    return {
+        "photos": tmp_path / "photos", "out": tmp_path / "out", "base": str(tmp_path / "base"),
+        "labels": None, "cache": None, "device": "cpu", "settings": settings,
+    }  # fmt: skip
+
+
+def workers() -> list[int]:
+    """The processes of Ray's workers that are at the job now."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"ray::Worker.populate" in line.read_bytes():
+                found.append(int(line.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
+def test_a_killed_worker_loses_nothing(call, tmp_path):
+    out = call["out"]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(jobs.on_ray, "local", 2, out, call)
+        end = time.monotonic() + 120
+        while len(list(out.glob(".state-*.safetensors"))) < 2:  # both are in the middle of a shard
+            assert time.monotonic() < end and not running.done(), running
+            time.sleep(0.02)
+        team = workers()
+        assert len(team) == 2
+        os.kill(team[0], signal.SIGKILL)
+        made = running.result(300)
+    assert len(made) == 6
+    alone = jobs.populate(**{**call, "out": tmp_path / "alone"}, progress=False)
+    files = {path.name: path.read_bytes() for path in alone.folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files

@@ -1,0 +1,523 @@
+"""Train many adapters in one batch on one frozen base (w2w paper, section 3.1).
+
+DreamBooth with rank-1 adapters. The adapters of the K subjects in flight are a flat [K, d] tensor
+and AdamW works on its rows, so a row is trained as if it were alone. Every subject starts from the
+same adapter and sees, at its own step s, the same timestep, noise and choice of photo (common
+random numbers): without that the population's spread is training noise and no weight space appears.
+Who is finished leaves the batch and the next subject takes the place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attach import attach
+from .denoise import (
+    Photos,
+    check_prompts,
+    check_seed,
+    checkpointed,
+    denoiser,
+    device_of,
+    draw_timesteps,
+    frozen,
+    losses,
+)
+from .encoding import Encoded, Encoder
+from .errors import InputError
+from .files import read_tensors, write_tensors
+from .layout import Layout
+from .sources import Subject
+
+HELD_OUT_DRAWS = 4
+_LOOK = 25  # ticks between looks for rows that are not finite: each look waits for the device
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How each subject is trained. The defaults are the paper's; `demo.build` shows others.
+
+    weight_decay: AdamW's, on what is trained.
+    train: "AB", or "B" with A shared and frozen (delta W is then linear in the adapter).
+    timesteps: "uniform", or "early" (high noise, where identity is decided, more often).
+    average: the share of the last steps whose iterates are averaged; 0 keeps the last one.
+    prior: weight of prior preservation (DreamBooth, eq. 2); 0 trains without. Its class_images
+        pictures of class_prompt are made once, by the base model.
+    snr_gamma: min-SNR weighting of timesteps (Hang et al., 2023, eq. 7); 0: none.
+    check, patience: every `check` steps the loss on the subject's last photo, which is then never
+        trained on, is looked at; after `patience` looks without a new best the subject is done.
+    """
+
+    steps: int = 800
+    lr: float = 1e-4
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    train: str = "AB"
+    timesteps: str = "uniform"
+    average: float = 0.0
+    prior: float = 1.0
+    class_prompt: str = "person"
+    class_images: int = 200
+    snr_gamma: float = 0.0
+    check: int = 0
+    patience: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_prompts([self.class_prompt])
+        good = {
+            "steps": 1 <= self.steps <= 100_000,
+            "lr": math.isfinite(self.lr) and self.lr > 0,
+            "eps": math.isfinite(self.eps) and self.eps > 0,
+            "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            "train": self.train in ("AB", "B"),
+            "timesteps": self.timesteps in ("uniform", "early"),
+            "average": 0 <= self.average < 1,
+            "prior": math.isfinite(self.prior) and self.prior >= 0,
+            "class_images": 1 <= self.class_images <= 10_000,
+            "snr_gamma": math.isfinite(self.snr_gamma) and self.snr_gamma >= 0,
+            "check": 0 <= self.check <= self.steps,
+            "patience": 1 <= self.patience <= 1000,
+        }
+        for name, ok in good.items():
+            if not ok:
+                raise InputError(f"recipe: {name}={getattr(self, name)!r} is out of range")
+
+    @property
+    def keep_from(self) -> int:
+        """The first step whose iterate counts in the average."""
+        return self.steps - max(1, round(self.average * self.steps))
+
+
+def initial_adapter(layout: Layout, seed: int = 0) -> Tensor:
+    """The start every subject shares, w [d]: A uniform in +-1/sqrt(in), B zero, as in PEFT."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.zeros(layout.size)
+    for module, (a, _) in zip(layout.modules, layout.slices(), strict=True):
+        bound = module.in_features**-0.5
+        w[a] = (torch.rand(a.stop - a.start, generator=generator) * 2 - 1) * bound
+    return w
+
+
+# --- the shared random numbers --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One step's random numbers: timestep [1], noise [c, h, w], and which photo, in [0, 1)."""
+
+    t: Tensor
+    noise: Tensor
+    which: float
+
+
+def draw(recipe: Recipe, step: int, train_steps: int, shape: Sequence[int], what: str) -> Draw:
+    """The numbers of a step for all subjects, from the seed and the step alone.
+
+    Not from a generator that runs along: a subject's numbers then do not depend on who else is in
+    the batch, nor on where a killed job went on. what: "photo", "class" or "held-out".
+    """
+    key = hashlib.sha256(f"{recipe.seed} {what} {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    t = draw_timesteps(1, train_steps, recipe.timesteps, generator)
+    noise = torch.randn(*shape, generator=generator)
+    return Draw(t, noise, float(torch.rand((), generator=generator)))
+
+
+# --- the optimiser --------------------------------------------------------------------------------
+
+
+def adamw_(
+    w: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+    recipe: Recipe,
+    trained: Tensor,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, 2019) in place; w, grad, moments [K, d].
+
+    steps [K, 1] float64, from 1: each row's own, so that a row is what an optimiser of its own
+    would make of it. trained [d]: 1, or 0 where a number stays as it is.
+    """
+    beta1, beta2 = 0.9, 0.999
+    if recipe.weight_decay:
+        w.mul_(1 - recipe.lr * recipe.weight_decay * trained)
+    grad.mul_(trained)
+    first.lerp_(grad, 1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    size = (recipe.lr / (1 - beta1**steps)).float()
+    root = (1 - beta2**steps).sqrt().float()
+    w.sub_(size * (first / (second.sqrt() / root + recipe.eps)))
+
+
+# --- who is in flight -----------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """The subjects in flight: of each its number, its step, its adapter and its moments."""
+
+    subject: list[int]
+    step: list[int]
+    bad: list[int]  # looks at the held-out loss since the best
+    best: Tensor  # [K] float32
+    w: Tensor
+    first: Tensor
+    second: Tensor
+    total: Tensor  # [K, d] float64, the iterates that are averaged
+    loss: Tensor  # [K] float64, summed over the same steps
+
+    @classmethod
+    def new(cls, subjects: Sequence[int], start: Tensor) -> Rows:
+        k, d, place = len(subjects), len(start), {"device": start.device}
+        zeros = [torch.zeros(k, d, **place) for _ in range(2)]
+        return cls(
+            list(subjects), [0] * k, [0] * k, torch.full((k,), torch.inf, **place),
+            start.expand(k, -1).clone(), *zeros,
+            torch.zeros(k, d, dtype=torch.float64, **place),
+            torch.zeros(k, dtype=torch.float64, **place),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.subject)
+
+    def pick(self, index: Sequence[int]) -> Rows:
+        at = torch.tensor(index, dtype=torch.int64, device=self.w.device)
+        return Rows(*(
+            [part[i] for i in index] if isinstance(part, list) else part[at]
+            for part in (getattr(self, f.name) for f in fields(self))
+        ))  # fmt: skip
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(*(
+            mine + theirs if isinstance(mine, list) else torch.cat([mine, theirs])
+            for mine, theirs in (
+                (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+            )
+        ))  # fmt: skip
+
+
+class Training:
+    """The training of a list of subjects, at most `batch` at a time; all of its state.
+
+    `run` goes to the end. With a `state` file it is written every `save_every` seconds, and a new
+    Training goes on from it with the same bits: what a step does depends on the state alone.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        layout: Layout,
+        subjects: Sequence[Subject],
+        recipe: Recipe,
+        start: Tensor,
+        *,
+        batch: int = 64,
+        class_photos: Encoded | None = None,
+        encoder: Encoder | None = None,
+        bf16: bool = False,
+        checkpointing: bool = False,
+        state: Path | None = None,
+        save_every: float = 60.0,
+        progress: tqdm | None = None,
+    ) -> None:
+        if recipe.prior and class_photos is None:
+            raise InputError("recipe: prior: wanted pictures of the class (class_photos)")
+        self.pipe, self.layout, self.subjects, self.recipe = pipe, layout, subjects, recipe
+        self.batch, self.class_photos = batch, class_photos
+        self.encoder = encoder or Encoder(pipe)
+        self.bf16, self.checkpointing = bf16, checkpointing
+        self.state, self.save_every, self.progress = state, save_every, progress
+        self.device = device_of(pipe)
+        self.train_steps = pipe.scheduler.config.num_train_timesteps
+        self.start = start.to(self.device, torch.float32)
+        self.trained = torch.ones(layout.size, device=self.device)
+        if recipe.train == "B":
+            for a, _ in layout.slices():
+                self.trained[a] = 0
+        self.rows = Rows.new([], self.start)
+        self.encoded: list[Encoded] = []
+        self.next = self.tick = 0
+        self.done: dict[int, Tensor] = {}  # subject -> w [d] on the CPU
+        self.facts: dict[int, dict[str, Any]] = {}
+        if state is not None and state.exists():
+            self._load(state)
+        self._advance(sum(self.rows.step) + recipe.steps * len(self.facts))
+
+    def run(self) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(w [n', d] of those who were not set aside, in order; what is known of all n)."""
+        model, saved = denoiser(self.pipe), time.monotonic()
+        with (
+            frozen(model),
+            checkpointed(model, self.checkpointing),
+            attach(model, self.layout) as live,
+        ):
+            changed = True
+            while True:
+                changed = self._refill() or changed
+                if not len(self.rows):
+                    break
+                if changed:
+                    live.adapters = self.rows.w.requires_grad_()
+                self._step()
+                changed = self._retire()
+                if self.state is not None and time.monotonic() - saved >= self.save_every:
+                    self._save(self.state)
+                    saved = time.monotonic()
+        good = sorted(self.done)
+        w = torch.stack([torch.empty(self.layout.size), *(self.done[i] for i in good)])[1:]
+        return w, [self.facts[i] for i in range(len(self.subjects))]
+
+    # --- one tick ---------------------------------------------------------------------------------
+
+    def _refill(self) -> bool:
+        """Let the next subjects in; True if any came."""
+        came: list[int] = []
+        while len(self.rows) + len(came) < self.batch and self.next < len(self.subjects):
+            i, self.next = self.next, self.next + 1
+            name = self._name(i)
+            try:
+                self.encoded.append(self._encoded(self.subjects[i]))
+                came.append(i)
+            except InputError as error:
+                self._aside(i, name, str(error))
+        if came:
+            with torch.no_grad():
+                self.rows = self.rows + Rows.new(came, self.start)
+        return bool(came)
+
+    def _step(self) -> None:
+        rows, recipe = self.rows, self.recipe
+        loss = self._losses(rows.step, "photo")
+        loss.sum().backward()
+        with torch.no_grad():
+            rows.step = [s + 1 for s in rows.step]
+            steps = torch.tensor(rows.step, dtype=torch.float64, device=self.device)[:, None]
+            moments = rows.first, rows.second
+            adamw_(rows.w, rows.w.grad, *moments, steps, recipe, self.trained)
+            rows.w.grad = None
+            kept = [float(s > recipe.keep_from) for s in rows.step]
+            if any(kept):
+                counts = torch.tensor(kept, dtype=torch.float64, device=self.device)
+                rows.total.addcmul_(rows.w.double(), counts[:, None])
+                rows.loss.addcmul_(loss.detach().double(), counts)
+        self.tick += 1
+        self._advance(len(rows))
+        if self.progress is not None and self.tick % 10 == 0:
+            self.progress.set_postfix(loss=f"{float(loss.detach().mean()):.4f}")
+
+    def _losses(self, steps: Sequence[int], what: str) -> Tensor:
+        """The loss of each row at its own step, [K]; with the prior's if there is one."""
+        recipe, (photos, noise, t) = self.recipe, self._inputs(steps, what)
+        options = {"bf16": self.bf16, "snr_gamma": recipe.snr_gamma}
+        if not recipe.prior or what != "photo":
+            return losses(self.pipe, photos, noise, t, **options)
+        # Two groups of rows, as attach counts them: the photos, then the class's pictures.
+        both = zip((photos, noise, t), self._inputs(steps, "class"), strict=True)
+        photos, noise, t = (
+            (Photos.joined if isinstance(a, Photos) else torch.cat)([a, b]) for a, b in both
+        )
+        own, prior = losses(self.pipe, photos, noise, t, **options).chunk(2)
+        return own + recipe.prior * prior
+
+    def _inputs(self, steps: Sequence[int], what: str) -> tuple[Photos, Tensor, Tensor]:
+        shape = self.encoded[0].latents.shape[1:]
+        draws = {s: draw(self.recipe, s, self.train_steps, shape, what) for s in set(steps)}
+        photos = []
+        for encoded, s in zip(self.encoded, steps, strict=True):
+            if what == "held-out":
+                photos.append(encoded.photo(len(encoded) - 1))
+                continue
+            encoded = self.class_photos if what == "class" else encoded
+            count = len(encoded) - (what == "photo" and bool(self.recipe.check))
+            photos.append(encoded.photo(min(int(draws[s].which * count), count - 1)))
+        noise = torch.stack([draws[s].noise for s in steps]).to(self.device)
+        t = torch.cat([draws[s].t for s in steps]).to(self.device)
+        return Photos.joined(photos), noise, t
+
+    def _retire(self) -> bool:
+        """Take out who is finished or diverged; True if the rows changed."""
+        rows, recipe = self.rows, self.recipe
+        ended = {i for i, s in enumerate(rows.step) if s == recipe.steps}
+        if recipe.check:
+            ended |= self._no_better([
+                i for i, s in enumerate(rows.step) if i not in ended and s % recipe.check == 0
+            ])  # fmt: skip
+        broken: set[int] = set()
+        if ended or self.tick % _LOOK == 0:
+            with torch.no_grad():
+                finite = rows.w.isfinite().all(1).tolist()
+            broken = {i for i, ok in enumerate(finite) if not ok}
+        for i in sorted(ended | broken):
+            subject, step = rows.subject[i], rows.step[i]
+            name = self._name(subject)
+            self._advance(recipe.steps - step)
+            if i in broken:
+                self._aside(subject, name, f"diverged: not finite after at most {step} steps")
+                continue
+            count = step - recipe.keep_from
+            w = rows.total[i] / count if count > 0 else rows.w[i].detach()
+            self.done[subject] = w.float().cpu()
+            loss = float(rows.loss[i]) / count if count > 0 else float(rows.best[i])
+            self.facts[subject] = {
+                "name": name, "photos": len(self.encoded[i]), "steps": step, "loss": loss,
+                "reason": "",
+            }  # fmt: skip
+        if not ended | broken:
+            return False
+        left = [i for i in range(len(rows)) if i not in ended | broken]
+        with torch.no_grad():
+            rows.w.requires_grad_(False)
+            self.rows = rows.pick(left)
+        self.encoded = [self.encoded[i] for i in left]
+        return True
+
+    @torch.no_grad()
+    def _no_better(self, looked: list[int]) -> set[int]:
+        """Those of these rows whose held-out loss has stopped falling."""
+        if not looked:
+            return set()
+        rows = self.rows
+        every = [self._losses([s] * len(rows), "held-out") for s in range(HELD_OUT_DRAWS)]
+        loss = torch.stack(every).mean(0)
+        for i in looked:
+            if bool(loss[i] < rows.best[i]):
+                rows.best[i], rows.bad[i] = loss[i], 0
+            else:
+                rows.bad[i] += 1
+        return {i for i in looked if rows.bad[i] >= self.recipe.patience}
+
+    # --- subjects ---------------------------------------------------------------------------------
+
+    def _name(self, i: int) -> str:
+        names = getattr(self.subjects, "names", None)
+        return names[i] if names is not None else self.subjects[i].name
+
+    def _encoded(self, subject: Subject) -> Encoded:
+        if self.recipe.check and len(subject.prompts) < 2:
+            raise InputError(
+                f"{subject.name}: one photo; early stopping (check) holds out one and trains on "
+                "the others"
+            )
+        encoded = self.encoder(subject)
+        shape, others = encoded.latents.shape[1:], self.encoded or [encoded]
+        if shape != others[0].latents.shape[1:]:
+            raise InputError(f"{subject.name}: photographs of another size than the others'")
+        return encoded
+
+    def _aside(self, i: int, name: str, reason: str) -> None:
+        self.facts[i] = {"name": name, "photos": 0, "steps": 0, "loss": None, "reason": reason}
+
+    def _advance(self, steps: int) -> None:
+        if self.progress is not None:
+            self.progress.update(steps)
+
+    # --- the state file ---------------------------------------------------------------------------
+
+    def _save(self, path: Path) -> None:
+        rows = self.rows
+        parts = {f.name: getattr(rows, f.name) for f in fields(rows)}
+        tensors = {k: v.detach() for k, v in parts.items() if isinstance(v, Tensor)}
+        good = sorted(self.done)
+        tensors |= {f"done.{i}": self.done[i] for i in good}
+        state = {k: v for k, v in parts.items() if isinstance(v, list)}
+        state |= {"next": self.next, "tick": self.tick}
+        state["facts"] = {str(i): fact for i, fact in self.facts.items()}
+        write_tensors(path, tensors, {"state": json.dumps(state)})
+
+    def _load(self, path: Path) -> None:
+        tensors, metadata = read_tensors(path, finite=False, mmap=False)
+        state = json.loads(metadata["state"])
+        self.done = {
+            int(k.removeprefix("done.")): v for k, v in tensors.items() if k.startswith("done.")
+        }
+        self.facts = {int(i): fact for i, fact in state.pop("facts").items()}
+        self.next, self.tick = state.pop("next"), state.pop("tick")
+        rest = {k: v.to(self.device) for k, v in tensors.items() if not k.startswith("done.")}
+        self.rows = Rows(**state, **rest)
+        self.encoded = [self._encoded(self.subjects[i]) for i in self.rows.subject]
+
+
+def train(
+    pipe: Any,
+    layout: Layout,
+    subjects: Sequence[Subject],
+    recipe: Recipe,
+    start: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Train all of them, in memory: w [n, d] float32 on the CPU. Options as `Training`.
+
+    InputError if one is set aside: `populate` goes on without, and says who.
+    """
+    start = initial_adapter(layout, recipe.seed) if start is None else start
+    w, facts = Training(pipe, layout, subjects, recipe, start, **options).run()
+    for fact in facts:
+        if fact["reason"]:
+            raise InputError(f"{fact['name']}: {fact['reason']}")
+    return w
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def largest_batch(training: Callable[[int], Training], memory: int, most: int = 4096) -> int:
+    """How many subjects fit into `memory` bytes: training(k) is one of k subjects.
+
+    Two subjects are tried after one; what the second adds, each further one adds. On a GPU the
+    allocator is asked, on a CPU the tensors that autograd keeps are counted, which is what grows.
+    InputError where not even one fits.
+    """
+    one, two = (_peak(training(k)) for k in (1, 2))
+    fixed, each = one - (two - one), max(1, two - one)
+    if one > memory:
+        raise InputError(
+            f"memory: one subject needs {one / 2**30:.2f} GiB, got {memory / 2**30:.2f} GiB; "
+            "gradient checkpointing, or bfloat16, needs less"
+        )
+    return max(1, min(most, int((memory - fixed) // each)))
+
+
+def _peak(training: Training) -> int:
+    """Bytes that one step of a training takes, the model's weights included."""
+    model = denoiser(training.pipe)
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    training.recipe = _one_step(training.recipe)
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(training.device)
+        training.run()
+        return torch.cuda.max_memory_reserved(training.device)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        training.run()
+    # w, its gradient and two moments in float32, their average in float64, one temporary.
+    rows = 28 * training.layout.size * len(training.subjects)
+    # Of what autograd keeps a third more lives for a moment: outputs, gradients, workspaces.
+    return sum(weights.values()) + rows + sum(kept.values()) * 4 // 3
+
+
+def _one_step(recipe: Recipe) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, steps=1, average=0.0, check=0)
