@@ -90,7 +90,9 @@ class Span(NamedTuple):
         except OSError as error:
             raise InputError(f"{self}: {error.strerror}") from None
         if grown or len(data) != self.size:
-            raise InputError(f"{self}: wanted {self.size} bytes; it has changed since it was listed")
+            raise InputError(
+                f"{self}: wanted {self.size} bytes; it has changed since it was listed"
+            )
         return data
 
 

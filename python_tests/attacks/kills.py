@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Log:
     repeated: int = 0  # shards that were written twice
     different: int = 0  # files that are not as the undisturbed job wrote them
     stale: int = 0  # files beside those
+    names: list[str] = field(default_factory=list)  # of all these
     seconds: float = 0.0
     alive: list[float] = field(default_factory=list)  # seconds that each killed process had
 
@@ -72,6 +73,12 @@ def hashes(folder: Path) -> dict[str, str]:
 def campaign(job: str, work: Callable[[Path], object], root: Path, kills: int, seed: int) -> Log:
     """Kill `work`, which makes a folder, so many times; what it leaves is the log."""
     chance, log, began = random.Random(seed), Log(job, seed), time.monotonic()
+
+    def note(found: Iterable[str]) -> int:
+        names = sorted(found)
+        log.names += names
+        return len(names)
+
     start = time.monotonic()
     _fork(work, root / "whole", None)
     usual = time.monotonic() - start
@@ -82,21 +89,22 @@ def campaign(job: str, work: Callable[[Path], object], root: Path, kills: int, s
             after = chance.uniform(0.0, 1.1 * usual) if log.kills < kills else None
             ended = _fork(work, folder, after)
             now = hashes(folder) if folder.exists() else {}
-            whole = {n: h for n, h in now.items() if not Path(n).name.startswith(".")}
+            # Names with a dot in front are of work that is going on.
+            whole = {n: h for n, h in now.items() if not n.startswith(".")}
             shards = {n: (folder / n).stat().st_ino for n in whole if n.startswith("shard")}
-            log.lost += sum(whole.get(n) != h for n, h in seen.items())
-            log.repeated += sum(inodes.get(n, inode) != inode for n, inode in shards.items())
+            log.lost += note(n for n, h in seen.items() if whole.get(n) != h)
+            log.repeated += note(n for n, inode in shards.items() if inodes.get(n, inode) != inode)
             inodes |= shards
             # The record and the manifest change as the job ends; all else is written once.
             seen = {n: h for n, h in whole.items() if not n.endswith(".json")}
-            log.different += sum(want.get(n) != h for n, h in seen.items())
+            log.different += note(n for n, h in seen.items() if want.get(n) != h)
             if ended:
                 break
             log.kills += 1
             log.alive.append(round(after, 4))
         log.jobs += 1
-        log.different += sum(now.get(n) != h for n, h in want.items())
-        log.stale += len(now.keys() - want.keys())
+        log.different += note(n for n, h in want.items() if now.get(n) != h)
+        log.stale += note(now.keys() - want.keys())
         shutil.rmtree(folder)
     log.seconds = round(time.monotonic() - began, 1)
     return log

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-
-spec = importlib.util.spec_from_file_location("kills", Path(__file__).with_name("kills.py"))
-kills = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kills)
+from attacks import kills
 
 
 @pytest.mark.parametrize("job", ["populate", "fit"])

@@ -154,7 +154,7 @@ def populate(
     if not (folder / START).exists():
         write_tensors(folder / START, {"w": start})
     encoder = Encoder(pipe, cache)
-    prior = _class_photos(pipe, recipe, encoder, folder) if recipe.prior else None
+    prior = _class_photos(pipe, recipe, encoder, folder, progress) if recipe.prior else None
     parts = [_Part(subjects, names[i : i + shard], i) for i in range(0, len(names), shard)]
     with tqdm(
         total=len(names) * recipe.steps, unit="step", desc="populate", disable=not progress
@@ -289,7 +289,7 @@ def _fitting(
     return largest_batch(training, memory, min(4096, len(subjects)))
 
 
-def _class_photos(pipe, recipe: Recipe, encoder: Encoder, folder: Path) -> Encoded:
+def _class_photos(pipe, recipe: Recipe, encoder: Encoder, folder: Path, progress: bool) -> Encoded:
     """Pictures of the class by the base model itself, as latents, made once (DreamBooth, 3.2)."""
     n, path = recipe.class_images, folder / CLASS
     text = [encoder.text(recipe.class_prompt)] * n
@@ -298,7 +298,10 @@ def _class_photos(pipe, recipe: Recipe, encoder: Encoder, folder: Path) -> Encod
             parts, shown = [], getattr(pipe, "_progress_bar_config", {})
             pipe.set_progress_bar_config(**{**shown, "disable": True})
             try:
-                for part in tqdm(torch.arange(n).split(16), unit="batch", desc="class pictures"):
+                batches = tqdm(
+                    torch.arange(n).split(16), desc="class pictures", disable=not progress
+                )
+                for part in batches:
                     generators = [torch.Generator().manual_seed(int(i)) for i in part]
                     with torch.no_grad():
                         made = pipe([recipe.class_prompt] * len(part), generator=generators,
