@@ -34,9 +34,6 @@ from w2w_fast import Layout, fit, populate  # noqa: E402
 from w2w_fast.sources import Subject  # noqa: E402
 from w2w_fast.training import Recipe  # noqa: E402
 
-RECIPE = Recipe(
-    steps=6, lr=0.01, eps=1e-4, average=0.5, prior=1.0, class_images=2, check=2, patience=1
-)
 PEOPLE = 7
 
 
@@ -133,8 +130,14 @@ def _fork(work: Callable[[Path], object], folder: Path, after: float | None) -> 
         time.sleep(0.001)
 
 
-def jobs(root: Path) -> dict[str, Callable[[Path], object]]:
-    """The two jobs, on the tiny world; everything they share is made in `root`."""
+def jobs(root: Path, prior: float = 0.0) -> dict[str, Callable[[Path], object]]:
+    """The two jobs, on the tiny world; everything they share is made in `root`.
+
+    With a prior the pictures of the class are made first, which takes longer than all the rest.
+    """
+    recipe = Recipe(
+        steps=6, lr=0.01, eps=1e-4, average=0.5, prior=prior, class_images=2, check=2, patience=1
+    )
     pipe = make_pipe(root / "tokenizer")
     layout = Layout.discover(pipe.unet, alpha=8.0)
     subjects = [
@@ -143,7 +146,7 @@ def jobs(root: Path) -> dict[str, Callable[[Path], object]]:
 
     def populating(folder: Path) -> None:
         populate(
-            pipe, subjects, layout, folder, recipe=RECIPE, batch=2, shard=3, save_every=0.0,
+            pipe, subjects, layout, folder, recipe=recipe, batch=2, shard=3, save_every=0.0,
             progress=False,
         )  # fmt: skip
 
@@ -164,7 +167,7 @@ def main() -> int:
     logs = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for job, work in jobs(root).items():
+        for job, work in jobs(root, prior=1.0).items():
             (root / job).mkdir()
             logs.append(campaign(job, work, root / job, args.kills, args.seed))
             log = asdict(logs[-1])
