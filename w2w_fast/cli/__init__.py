@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import look
+from . import collect, look
 from . import options as opt
 from . import support as shared
 from .support import MOST_IMAGES
@@ -97,6 +97,14 @@ def populate(
     lost = len(subjects) - len(names)
     note = f"; {lost} diverged and set aside (population.json)" if lost else ""
     typer.echo(f"{out}: {len(names)} people, {w.shape[1]} numbers each{note}")
+
+
+command(
+    "collect",
+    MAKE,
+    "w2w collect loras/ population/ --base sd15/ --rank 4 --targets to_q,to_k,to_v,to_out.0",
+    "w2w collect loras/ population/ --layout-of space/ --labels labels.csv",
+)(collect.collect)
 
 
 @command(
