@@ -22,7 +22,7 @@ from w2w_fast.files import write_tensors
 
 COMMANDS = (
     "populate", "fit", "sample", "edit", "invert", "generate", "export", "import",
-    "import-published", "info", "doctor", "demo", "bench", "quantize",
+    "import-published", "info", "doctor", "demo", "bench", "quantize", "collect",
 )  # fmt: skip
 
 
@@ -195,6 +195,12 @@ BAD = [
     "populate {}/photos out --base {}/base --resume",
     "populate {}/photos out --base {}/base --labels {}/missing.csv",
     "populate {}/photos {}/space --base {}/base",
+    # collect
+    "collect {}/photos out",
+    "collect {}/photos out --base {}/base",
+    "collect {}/missing out --layout-of {}/space",
+    "collect {}/nobody out --layout-of {}/space --base {}/base",
+    "collect {}/population out --layout-of {}/space --rank 2",
     # fit
     "fit {}/population",
     "fit {}/nobody out",
@@ -265,15 +271,7 @@ def test_the_table_has_every_command():
 
 def test_the_process_behaves_as_the_runner(world, tmp_path):
     code = "import sys; from w2w_fast.cli import main; sys.argv = ['w2w', *sys.argv[1:]]; main()"
-    line = [
-        sys.executable,
-        "-c",
-        code,
-        "sample",
-        "nowhere",
-        "--out",
-        str(tmp_path / "a.safetensors"),
-    ]
+    line = [sys.executable, "-c", code, "sample", "nowhere"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("w2w: space: no folder nowhere") and done.stderr.count("\n") == 1

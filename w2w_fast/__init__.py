@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .formats import export, import_published, read_adapter
     from .layout import Layout
     from .space import WeightSpace
+    from .verbs.collect import collect
     from .verbs.edit import edit
     from .verbs.fit import fit
     from .verbs.generate import generate
@@ -33,6 +34,7 @@ _HOME = {
     "Layout": "layout",
     "WeightSpace": "space",
     "attach": "attach",
+    "collect": "verbs.collect",
     "edit": "verbs.edit",
     "export": "formats",
     "fit": "verbs.fit",
@@ -52,6 +54,7 @@ __all__ = [
     "Layout",
     "WeightSpace",
     "attach",
+    "collect",
     "demo",
     "edit",
     "export",

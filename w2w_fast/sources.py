@@ -90,9 +90,7 @@ class Span(NamedTuple):
         except OSError as error:
             raise InputError(f"{self}: {error.strerror}") from None
         if grown or len(data) != self.size:
-            raise InputError(
-                f"{self}: wanted {self.size} bytes; it has changed since it was listed"
-            )
+            raise InputError(f"{self}: changed since it was listed: wanted {self.size} bytes")
         return data
 
 
@@ -170,8 +168,8 @@ def open_photos(path: str | Path, *, absolute: bool = False) -> Listing:
             found = _in_tars(_shards(path))
         else:
             raise InputError(
-                f"{path}: {'' if path.exists() else 'no such folder; '}wanted a folder with a sub-folder for each subject, a .csv or .parquet "
-                "table, or .tar files"
+                f"{path}: {'' if path.exists() else 'no such folder; '}wanted a folder with a "
+                "sub-folder for each subject, a .csv or .parquet table, or .tar files"
             )
     except OSError as error:
         raise InputError(f"{str(path)[:300]}: {error.strerror}") from None

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import look
+from . import collect, look
 from . import options as opt
 from . import support as shared
 from .support import MOST_IMAGES
@@ -146,6 +146,14 @@ def populate(
     lost = made.table.num_rows - len(made)
     note = f"; {lost} set aside, see `w2w info {out}`" if lost else ""
     typer.echo(f"{out}: {len(made)} people, {made.layout.size} numbers each{note}")
+
+
+command(
+    "collect",
+    MAKE,
+    "w2w collect loras/ population/ --base sd15/ --rank 4 --targets to_q,to_k,to_v,to_out.0",
+    "w2w collect loras/ population/ --layout-of space/ --labels labels.csv",
+)(collect.collect)
 
 
 @command(
