@@ -76,7 +76,7 @@ def _summary(out: Path, made: Population) -> None:
     if any(row["outside"] for row in kept):
         typer.echo(f"energy in modules outside the layout: {share('outside')}")
     if text := sum(bool(row["text_encoder"]) for row in kept):
-        typer.echo(f"{text} files train a text encoder too, which is not read")
+        typer.echo(f"files that train a text encoder too, which is not read: {text}")
     cosine = sum(row["cosine"] for row in kept) / len(kept)
     typer.echo(f"cosine with the mean: {cosine:.2f} on average")
     for row in aside[:_SHOWN]:

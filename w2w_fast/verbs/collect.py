@@ -97,7 +97,10 @@ def collect(
     rest = {name: files[name] for name in list(files)[len(people) :]}
     waiting: list[dict[str, Any]] = []
     rows: list[Tensor] = []
-    with tqdm(total=len(files), initial=len(people), unit="file", disable=not progress) as bar:
+    bar = tqdm(
+        total=len(files), initial=len(people), unit="file", desc="collect", disable=not progress
+    )
+    with bar:
         for i, (about, w) in enumerate(_read(rest, layout, strict)):
             waiting.append(about)
             if w is not None:
