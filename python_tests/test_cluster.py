@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_world import make_pipe, photographs
 
-from w2w_fast.cli import jobs
+from w2w_fast.cli.populate import job, on_ray
 
 pytest.importorskip("ray")
 
@@ -53,7 +53,7 @@ def workers() -> list[int]:
 def test_a_killed_worker_loses_nothing(call, tmp_path):
     out = call["out"]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(jobs.on_ray, "local", 2, out, call)
+        running = pool.submit(on_ray, "local", 2, out, call)
         end = time.monotonic() + 120
         while len(list(out.glob(".state-*.safetensors"))) < 2:  # both are in the middle of a shard
             assert time.monotonic() < end and not running.done(), running
@@ -63,6 +63,6 @@ def test_a_killed_worker_loses_nothing(call, tmp_path):
         os.kill(team[0], signal.SIGKILL)
         made = running.result(300)
     assert len(made) == 6
-    alone = jobs.populate(**{**call, "out": tmp_path / "alone"}, progress=False)
+    alone = job(**{**call, "out": tmp_path / "alone"}, progress=False)
     files = {path.name: path.read_bytes() for path in alone.folder.iterdir()}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files

@@ -35,6 +35,7 @@ LAYERS = [
     {"formats", "sources"},
     {"encoding"},
     {"training"},
+    {"memory"},
     {"verbs"},
     {"demo"},
     {"benchmarks"},

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -470,54 +470,3 @@ def train(
         if fact["reason"]:
             raise InputError(f"{fact['name']}: {fact['reason']}")
     return w
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def largest_batch(training: Callable[[int], Training], memory: int, most: int = 4096) -> int:
-    """How many subjects fit into `memory` bytes: training(k) is one of k subjects.
-
-    Two subjects are tried after one; what the second adds, each further one adds. On a GPU the
-    allocator is asked, on a CPU the tensors that autograd keeps are counted, which is what grows.
-    InputError where not even one fits.
-    """
-    one, two = (_peak(training(k)) for k in (1, 2))
-    fixed, each = one - (two - one), max(1, two - one)
-    if one > memory:
-        raise InputError(
-            f"memory: one subject needs {one / 2**30:.2f} GiB, got {memory / 2**30:.2f} GiB; "
-            "gradient checkpointing, or bfloat16, needs less"
-        )
-    return max(1, min(most, int((memory - fixed) // each)))
-
-
-def _peak(training: Training) -> int:
-    """Bytes that one step of a training takes, the model's weights included."""
-    model = denoiser(training.pipe)
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    training.recipe = _one_step(training.recipe)
-    if training.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(training.device)
-        training.run()
-        return torch.cuda.max_memory_reserved(training.device)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        training.run()
-    # w, its gradient and two moments in float32, their average in float64, one temporary.
-    rows = 28 * training.layout.size * len(training.subjects)
-    # Of what autograd keeps a third more lives for a moment: outputs, gradients, workspaces.
-    return sum(weights.values()) + rows + sum(kept.values()) * 4 // 3
-
-
-def _one_step(recipe: Recipe) -> Recipe:
-    from dataclasses import replace
-
-    return replace(recipe, steps=1, average=0.0, check=0)

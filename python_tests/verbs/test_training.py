@@ -14,6 +14,7 @@ from w2w_fast import InputError
 from w2w_fast.attach import attach
 from w2w_fast.denoise import Photos, denoiser, encode_images, encode_prompts, losses
 from w2w_fast.encoding import Encoded, Encoder
+from w2w_fast.memory import largest_batch
 from w2w_fast.sources import Subject
 from w2w_fast.training import (
     Recipe,
@@ -21,7 +22,6 @@ from w2w_fast.training import (
     adamw_,
     draw,
     initial_adapter,
-    largest_batch,
     train,
 )
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import collect, look
+from . import collect, look, populate
 from . import options as opt
 from . import support as shared
 from .support import MOST_IMAGES
@@ -44,110 +44,14 @@ def _options(version: opt.Version = False) -> None:
 MAKE, USE, FILES, HELP = "Make a space", "Use a space", "Files of other tools", "Look around"
 
 
-@command(
+command(
     "populate",
     MAKE,
     "w2w populate photos/ population/ --base sd15/ --vram 20GiB --bf16",
     "w2w populate photos/ population/ --base sd15/ --resume",
     "w2w populate listing.csv population/ --base sd15/ --labels labels.csv --ray local",
     "w2w populate photos/ population/ --base demo --train B --start first/ --batch 32 --prior 0",
-)
-def populate(
-    photos: Annotated[
-        Path,
-        typer.Argument(
-            help="One sub-folder of photos for each person (x.txt beside x.png is its prompt, "
-            "x.mask.png where the person is); or a CSV or Parquet table with columns subject, "
-            "path, prompt, mask; or webdataset shards, .tar."
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(help="The population's folder; a second call resumes.")],
-    base: opt.Base = None,
-    prompt: Annotated[str, typer.Option(help="Where a photo has none of its own.")] = "sks person",
-    labels: Annotated[
-        Path | None, typer.Option(help="CSV or Parquet, kept for fit: a column name, attributes.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 800,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
-    eps: Annotated[float, typer.Option(help="AdamW's epsilon; larger is smoother.")] = 1e-8,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    prior: Annotated[float, typer.Option(help="Weight of prior preservation; 0: none.")] = 1.0,
-    class_prompt: Annotated[str, typer.Option(help="The prior's pictures are of this.")] = "person",
-    class_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 200,
-    snr_gamma: Annotated[float, typer.Option(help="Min-SNR weighting, often 5; 0: none.")] = 0.0,
-    check: Annotated[
-        int, typer.Option(help="Steps between looks at a held-out photo's loss; 0: none.")
-    ] = 0,
-    patience: Annotated[int, typer.Option(help="Looks without a new best that end it.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, max=4096, help="People trained at once.")] = 8,
-    vram: Annotated[
-        str | None, typer.Option(metavar="8GiB", help="Or: as many as fit into so much memory.")
-    ] = None,
-    shard: Annotated[int, typer.Option(min=1, max=65_536, help="People a file.")] = 256,
-    train: Annotated[str, typer.Option(metavar="AB|B", help="Both factors, or B alone.")] = "AB",
-    start: Annotated[
-        Path | None,
-        typer.Option(
-            help="Everybody's start: a population or a space (its mean), a LoRA file, or w [d]."
-        ),
-    ] = None,
-    timesteps: Annotated[str, typer.Option(metavar="uniform|early")] = "uniform",
-    average: Annotated[float, typer.Option(help="Share of last steps averaged.")] = 0.0,
-    rank: Annotated[int, typer.Option(min=1, max=256)] = 1,
-    alpha: Annotated[float, typer.Option(help="The adapters' alpha.")] = 27.0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Of gradients: less memory, more work.")
-    ] = False,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep encoded photos there, for other runs too.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the settings that OUT was begun with.")
-    ] = False,
-    ray: Annotated[
-        str | None, typer.Option(metavar="local|ADDRESS", help="Spread over a Ray cluster.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="With --ray. [default: one a GPU]")
-    ] = None,
-    seed: opt.Seed = 0,
-    device: opt.Device = None,
-) -> None:
-    """Train an adapter for each person, many at once, on one frozen base model.
-
-    Several of these on one folder share the work; killed ones lose a minute at most.
-    """
-    from . import jobs
-
-    settings: dict[str, Any] = {}
-    if not resume:
-        recipe = {
-            "steps": steps, "lr": lr, "eps": eps, "weight_decay": weight_decay, "train": train,
-            "timesteps": timesteps, "average": average, "prior": prior, "seed": seed,
-            "class_prompt": class_prompt, "class_images": class_images, "snr_gamma": snr_gamma,
-            "check": check, "patience": patience,
-        }  # fmt: skip
-        settings = {
-            "recipe": recipe, "start": start, "batch": batch, "vram": vram, "shard": shard,
-            "bf16": bf16, "checkpointing": checkpointing, "rank": rank, "alpha": alpha,
-            "prompt": prompt,
-        }  # fmt: skip
-    call = {
-        "photos": photos, "out": out, "base": base, "labels": labels, "cache": cache,
-        "device": device, "settings": settings,
-    }  # fmt: skip
-    if ray is None:
-        if workers is not None:
-            raise InputError("--workers: wanted with --ray only")
-        made = jobs.populate(**call)
-    else:
-        made = jobs.on_ray(ray, workers, out, call)
-    lost = made.table.num_rows - len(made)
-    note = f"; {lost} set aside, see `w2w info {out}`" if lost else ""
-    typer.echo(f"{out}: {len(made)} people, {made.layout.size} numbers each{note}")
-
-
+)(populate.populate)
 command(
     "collect",
     MAKE,

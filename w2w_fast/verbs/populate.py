@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..files import read_tensors, write_tensors
 from ..labels import labels_table
 from ..layout import Layout
+from ..memory import largest_batch
 from ..population import Population, shard_path
 from ..sharing import locked, share
 from ..training import Recipe, Subject, Training, initial_adapter, largest_batch

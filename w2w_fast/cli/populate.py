@@ -1,0 +1,200 @@
+"""The command `w2w populate`, in one process or by many under Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import options as opt
+from . import support as shared
+
+if TYPE_CHECKING:
+    from ..population import Population
+
+
+def populate(
+    photos: Annotated[
+        Path,
+        typer.Argument(
+            help="One sub-folder of photos for each person (x.txt beside x.png is its prompt, "
+            "x.mask.png where the person is); or a CSV or Parquet table with columns subject, "
+            "path, prompt, mask; or webdataset shards, .tar."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The population's folder; a second call resumes.")],
+    base: opt.Base = None,
+    prompt: Annotated[str, typer.Option(help="Where a photo has none of its own.")] = "sks person",
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV or Parquet, kept for fit: a column name, attributes.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 800,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-4,
+    eps: Annotated[float, typer.Option(help="AdamW's epsilon; larger is smoother.")] = 1e-8,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    prior: Annotated[float, typer.Option(help="Weight of prior preservation; 0: none.")] = 1.0,
+    class_prompt: Annotated[str, typer.Option(help="The prior's pictures are of this.")] = "person",
+    class_images: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 200,
+    snr_gamma: Annotated[float, typer.Option(help="Min-SNR weighting, often 5; 0: none.")] = 0.0,
+    check: Annotated[
+        int, typer.Option(help="Steps between looks at a held-out photo's loss; 0: none.")
+    ] = 0,
+    patience: Annotated[int, typer.Option(help="Looks without a new best that end it.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="People trained at once.")] = 8,
+    vram: Annotated[
+        str | None, typer.Option(metavar="8GiB", help="Or: as many as fit into so much memory.")
+    ] = None,
+    shard: Annotated[int, typer.Option(min=1, max=65_536, help="People a file.")] = 256,
+    train: Annotated[str, typer.Option(metavar="AB|B", help="Both factors, or B alone.")] = "AB",
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Everybody's start: a population or a space (its mean), a LoRA file, or w [d]."
+        ),
+    ] = None,
+    timesteps: Annotated[str, typer.Option(metavar="uniform|early")] = "uniform",
+    average: Annotated[float, typer.Option(help="Share of last steps averaged.")] = 0.0,
+    rank: Annotated[int, typer.Option(min=1, max=256)] = 1,
+    alpha: Annotated[float, typer.Option(help="The adapters' alpha.")] = 27.0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Of gradients: less memory, more work.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep encoded photos there, for other runs too.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the settings that OUT was begun with.")
+    ] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="local|ADDRESS", help="Spread over a Ray cluster.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="With --ray. [default: one a GPU]")
+    ] = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = None,
+) -> None:
+    """Train an adapter for each person, many at once, on one frozen base model.
+
+    Several of these on one folder share the work; killed ones lose a minute at most.
+    """
+    settings: dict[str, Any] = {}
+    if not resume:
+        recipe = {
+            "steps": steps, "lr": lr, "eps": eps, "weight_decay": weight_decay, "train": train,
+            "timesteps": timesteps, "average": average, "prior": prior, "seed": seed,
+            "class_prompt": class_prompt, "class_images": class_images, "snr_gamma": snr_gamma,
+            "check": check, "patience": patience,
+        }  # fmt: skip
+        settings = {
+            "recipe": recipe, "start": start, "batch": batch, "vram": vram, "shard": shard,
+            "bf16": bf16, "checkpointing": checkpointing, "rank": rank, "alpha": alpha,
+            "prompt": prompt,
+        }  # fmt: skip
+    call = {
+        "photos": photos, "out": out, "base": base, "labels": labels, "cache": cache,
+        "device": device, "settings": settings,
+    }  # fmt: skip
+    if ray is None:
+        if workers is not None:
+            raise InputError("--workers: wanted with --ray only")
+        made = job(**call)
+    else:
+        made = on_ray(ray, workers, out, call)
+    lost = made.table.num_rows - len(made)
+    note = f"; {lost} set aside, see `w2w info {out}`" if lost else ""
+    typer.echo(f"{out}: {len(made)} people, {made.layout.size} numbers each{note}")
+
+
+def job(
+    photos: Path,
+    out: Path,
+    base: str | None,
+    labels: Path | None,
+    cache: Path | None,
+    device: str | None,
+    settings: dict[str, Any],
+    progress: bool = True,
+) -> Population:
+    """The command in this process. No settings: those that `out` was begun with."""
+    from ..denoise import check_prompts, denoiser
+    from ..layout import Layout
+    from ..sources import open_photos
+    from ..training import Recipe
+    from ..verbs.populate import Listed, recorded
+    from ..verbs.populate import populate as verb
+
+    settings = dict(settings)
+    if settings:
+        settings["recipe"] = Recipe(**settings["recipe"])
+        vram = settings.pop("vram")
+        settings["memory"] = None if vram is None else shared.memory_size(vram)
+        check_prompts([settings["prompt"]])
+    else:
+        settings = recorded(out)
+    listing = open_photos(photos)
+    pipe = shared.open_pipeline(base, None, device)
+    subjects = Listed(listing, shared.image_size(pipe), settings.pop("prompt"))
+    layout = settings.pop("layout", None)
+    if layout is None:
+        rank, alpha, start = (settings.pop(name) for name in ("rank", "alpha", "start"))
+        layout = Layout.discover(denoiser(pipe), rank=rank, alpha=alpha)
+        settings["start"] = None if start is None else shared.read_start(start, layout)
+    return verb(
+        pipe, subjects, layout, out, labels=labels, cache=cache, progress=progress, **settings
+    )
+
+
+def on_ray(address: str, workers: int | None, out: Path, call: dict[str, Any]) -> Population:
+    """`w2w populate` by actors of a Ray cluster, on a folder that all of them see.
+
+    Each runs the same job, and the folder's locks share it out. Ray restarts an actor that dies
+    and calls it again: it takes up what it had left. address: "local", or the cluster's.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray: Ray is not installed: pip install 'w2w_fast[cluster]'") from None
+    from tqdm.auto import tqdm
+
+    from ..population import open_population
+
+    ray.init(None if address == "local" else address, include_dashboard=False, log_to_driver=False)
+    try:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        workers = workers or gpus or 2
+        share = min(1.0, gpus / workers)
+        cpus = 1 if share else max(1, int(resources.get("CPU", 1)) // workers)
+        actor = ray.remote(num_gpus=share, num_cpus=cpus, max_restarts=-1, max_task_retries=-1)(
+            Worker
+        )
+        here = {k: v.resolve() if isinstance(v, Path) else v for k, v in call.items()}
+        team = [actor.remote(cpus) for _ in range(workers)]
+        waiting = [member.populate.remote(here) for member in team]
+        with tqdm(desc=f"populate, {workers} workers", unit="shard") as bar:
+            while waiting:
+                ready, waiting = ray.wait(waiting, timeout=1.0)
+                bar.update(len(list(out.glob("shard-*.safetensors"))) - bar.n)
+                try:
+                    ray.get(ready)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+    finally:
+        ray.shutdown()
+    return open_population(out)
+
+
+class Worker:
+    """What an actor is: a process that does the job as if it were alone."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def populate(self, call: dict[str, Any]) -> None:
+        job(**call, progress=False)
