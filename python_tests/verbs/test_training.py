@@ -295,7 +295,8 @@ def test_early_stopping_ends_a_row_and_lets_the_next_one_in(pipe, layout):
         assert alone["steps"] == steps[i]
         short = dataclasses.replace(recipe, steps=steps[i], check=min(1, steps[i]))
         again = train(pipe, layout, [subject], short)
-        assert (again[0] - w[i]).abs().max() < 0.02  # steps of .3 magnify rounding
+        # On average: steps of .3 magnify the rounding of numbers with next to no gradient.
+        assert (again[0] - w[i]).abs().mean() < 2e-3
 
 
 def test_early_stopping_needs_a_photo_to_hold_out(pipe, layout):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..files import write_tensors
 from ..layout import Layout
-from ..training import Recipe, Subject
+from ..sources import Subject
+from ..training import Recipe
 from ..verbs.fit import fit
 from ..verbs.populate import populate
 from . import base, pipeline, reading, render

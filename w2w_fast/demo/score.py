@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..files import write_json
 from ..layout import Layout
+from ..sources import Subject
 from ..space import WeightSpace
-from ..training import Recipe, Subject, train
+from ..training import Recipe, train
 from ..verbs.edit import direction
 from ..verbs.generate import generate
 from ..verbs.invert import invert

@@ -29,7 +29,8 @@ from ..layout import Layout
 from ..memory import largest_batch
 from ..population import Population, shard_path
 from ..sharing import locked, share
-from ..training import Recipe, Subject, Training, initial_adapter, largest_batch
+from ..sources import Subject
+from ..training import Recipe, Training, initial_adapter
 
 if TYPE_CHECKING:
     from pyarrow import Table
