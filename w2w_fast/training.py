@@ -336,7 +336,8 @@ class Training:
 
     def _inputs(self, steps: Sequence[int], what: str) -> tuple[Photos, Tensor, Tensor]:
         shape = self.encoded[0].latents.shape[1:]
-        draws = {s: draw(self.recipe, s, self.train_steps, shape, what) for s in set(steps)}
+        distinct = sorted(set(steps))
+        draws = {s: draw(self.recipe, s, self.train_steps, shape, what) for s in distinct}
         photos = []
         for encoded, s in zip(self.encoded, steps, strict=True):
             if what == "held-out":
@@ -345,8 +346,10 @@ class Training:
             encoded = self.class_photos if what == "class" else encoded
             count = len(encoded) - (what == "photo" and bool(self.recipe.check))
             photos.append(encoded.photo(min(int(draws[s].which * count), count - 1)))
-        noise = torch.stack([draws[s].noise for s in steps]).to(self.device)
-        t = torch.cat([draws[s].t for s in steps]).to(self.device)
+        # Rows of one step share its numbers: they are copied to the device once.
+        at = torch.tensor([distinct.index(s) for s in steps], device=self.device)
+        noise = torch.stack([d.noise for d in draws.values()]).to(self.device)[at]
+        t = torch.cat([d.t for d in draws.values()]).to(self.device)[at]
         return Photos.joined(photos), noise, t
 
     def _retire(self) -> bool:
