@@ -45,17 +45,21 @@ def pipeline(dtype: torch.dtype | None = None, world: Path | None = None):
     import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils import logging as loading
 
     folder = _part("pipeline") if world is None else world / "pipeline"
-    before = logging.get_verbosity()
+    before, shown = logging.get_verbosity(), loading.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    loading.disable_progress_bar()
     try:
         pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
         pipe.to(dtype or torch.float32)
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
+        if shown:
+            loading.enable_progress_bar()
     return pipe
 
 
