@@ -295,6 +295,7 @@ class Training:
                 came.append(i)
             except InputError as error:
                 self._aside(i, name, str(error))
+                self._advance(self.recipe.steps)
         if came:
             with torch.no_grad():
                 self.rows = self.rows + Rows.new(came, self.start)

@@ -62,7 +62,10 @@ def _population(path: Path) -> Lines:
     yield "kind", "population"
     yield from _layout(population.layout)
     yield "people", f"{len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-    yield "set aside", population.table.num_rows - len(names)
+    aside = [row for row in population.table.to_pylist() if row["reason"]]
+    yield "set aside", len(aside)
+    for row in aside[:20]:
+        yield f"  {row['name']}", row["reason"]
     yield "numbers", f"{len(names)} x {population.layout.size}, {len(shards)} shards"
 
 
