@@ -345,7 +345,10 @@ def read_image(source: str | os.PathLike | bytes) -> Image:
     except InputError:
         raise
     except Exception as error:  # Pillow raises many kinds on damaged files, SyntaxError included
-        raise InputError(f"{name}: wanted a PNG, JPEG or WebP picture: {error}") from None
+        # Pillow's own text names the buffer's address, another one each time.
+        known = type(error).__name__ != "UnidentifiedImageError"
+        reason = str(error) if known else "it is none of them, or damaged"
+        raise InputError(f"{name}: wanted a PNG, JPEG or WebP picture: {reason}") from None
 
 
 # --- manifests ----------------------------------------------------------------------------------
