@@ -1,4 +1,4 @@
-"""docs/fit.md and its picture, from the newest JSON of fit.py: how `fit` works, and what it takes."""
+"""docs/fit.md and its picture, of the newest JSON of fit.py: how `fit` works and what it takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Three routes lead to the components; `--route` forces one, else the one that com
 | --- | --- | --- |
 | gram | Z Z^T [n, n], float64, blocks of columns | up to a few thousand models, 16,384 at most |
 | covariance | Z^T Z [d, d], float64, blocks of rows | more models than numbers |
-| subspace | Z^T Z on a block of M + `--oversample` columns, float32, `--passes` times over the rows | the rest |
+| subspace | Z^T Z on M + `--oversample` columns, float32, `--passes` times | the rest |
 
 `subspace` is block subspace iteration with a Chebyshev filter as its steps, CholeskyQR between them
 (Householder QR where Cholesky fails), CholeskyQR2 and Rayleigh-Ritz at the end. The error in a
@@ -53,16 +53,16 @@ closed form), or, without labels, at completing people left out from half of the
 
 Each attribute's direction is S c / |S c|, one standard deviation long, S the coefficients'
 covariance and c a linear reader: `--method ridge` (its strength chosen left one out), `lstsq` (the
-paper's) or `logistic` (scikit-learn's, in five folds). `w2w fit` and `w2w info` say how well it reads
-people left out: balanced accuracy and AUC of attributes of two values, R2 and Spearman's correlation
-of the others; beside each the mean and the 95% quantile of the same figure over 20 permutations of
-the people, read in the same way: what is below that quantile says nothing.
+paper's) or `logistic` (scikit-learn's, in five folds). `w2w fit` and `w2w info` say how well it
+reads people left out: balanced accuracy and AUC of attributes of two values, R2 and Spearman's
+correlation of the others; beside each the mean and the 95% quantile of the same figure over 20
+permutations of the people, read in the same way: what is below that quantile says nothing.
 
 ## Adding people
 
 `--add SPACE` takes the old people from their space. Mean and standard deviation are merged exactly;
-m + 1 rows that have the old people's covariance stand for all of them in the new decomposition. What
-the old people had outside their m components is lost, so keep more components than you use:
+m + 1 rows that have the old people's covariance stand for all of them in the new decomposition.
+What the old people had outside their m components is lost, so keep more components than you use:
 `--check OLD/` fits everybody again and says the largest principal angle between the two. With all
 n - 1 components kept there is none but rounding.
 
@@ -75,13 +75,13 @@ up to rounding.
 
 HOW = """\
 Each contender runs in a process of its own, from shards on disk (in the page cache, for everybody)
-to a basis. Ours streams them; the others are given the standardised matrix in memory, and the making
-of it is counted, IncrementalPCA excepted, which streams too. **memory** is the peak of anonymous
-memory; **with files** counts the pages of mapped files as well, which the system takes back when it
-needs them. **angle** is the largest principal angle to the exact components (float64, by numpy),
-**leading half** the largest angle between the exact first m / 2 and the span found. The last
-components have close neighbours, so a large angle of all costs little: **explained** is the share of
-the variance, **of best** its distance from the most that m components can explain.
+to a basis. Ours streams them; the others are given the standardised matrix in memory, and the
+making of it is counted, IncrementalPCA excepted, which streams too. **memory** is the peak of
+anonymous memory; **with files** counts the pages of mapped files as well, which the system takes
+back when it needs them. **angle** is the largest principal angle to the exact components (float64,
+by numpy), **leading half** the largest angle between the exact first m / 2 and the span found. The
+last components have close neighbours, so a large angle of all costs little: **explained** is the
+share of the variance, **of best** its distance from the most that m components can explain.
 """
 
 
@@ -106,8 +106,9 @@ def page(found: Run | None) -> str:
     parts = [
         INTRO,
         f"## Measured\n\n{HOW}",
-        f"{box['cpu']}, {box['threads']} threads of {box['cores']} cores, {box['memory_gib']:g} GiB; "
-        f"{told}; commit {found['commit']}{changed}; {found['date']}, {found['seconds']:.0f} s.\n",
+        f"{box['cpu']}, {box['threads']} threads of {box['cores']} cores, "
+        f"{box['memory_gib']:g} GiB; {told}; commit {found['commit']}"
+        f"{changed}; {found['date']}, {found['seconds']:.0f} s.\n",
     ]
     parts += [_table(case) for case in found["cases"]]
     parts.append(_growth(found["growth"]))
@@ -147,10 +148,10 @@ def _growth(growth: Run) -> str:
     target = growth.get("target")
     if target:
         lines.append(
-            f"- **extrapolated, not run**: {target['n']:,} x {target['d']:,}, m = {target['m']:,} is "
-            f"{target['work']:.2g} operations: {target['seconds'] / 3600:.1f} hours on this machine "
-            f"at the rate of the largest case, and about {target['held'] / 2**30:.0f} GiB beside the "
-            f"mapped files. 60 s would take {target['work'] / 60 / 1e12:.0f} TFLOP/s."
+            f"- **extrapolated, not run**: {target['n']:,} x {target['d']:,}, m = {target['m']:,} "
+            f"is {target['work']:.2g} operations: {target['seconds'] / 3600:.1f} hours on this "
+            f"machine at the rate of the largest case, and about {target['held'] / 2**30:.0f} GiB "
+            f"beside the mapped files. 60 s would take {target['work'] / 60 / 1e12:.0f} TFLOP/s."
         )
     return "\n".join(lines) + "\n"
 

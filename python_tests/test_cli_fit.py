@@ -16,11 +16,12 @@ import torch
 from tiny_world import write_population
 from typer.testing import CliRunner
 
-from w2w_fast import Layout, WeightSpace
+from w2w_fast import Layout, WeightSpace, fit
 from w2w_fast.cli import app
 from w2w_fast.files import check_manifest
 from w2w_fast.layout import Module
 from w2w_fast.linear import largest_angle
+from w2w_fast.testing import assert_close
 
 LAYOUT = Layout(tuple(Module(f"{i}.to_q", 30, 20) for i in range(4)), 1, 8.0)
 
@@ -75,7 +76,7 @@ def test_a_space_has_its_scree_plot_and_its_readings(run):
     assert re.search(r"\n  age  R2 -?[^\n]*by chance [^\n]*Spearman", said)
     assert set(check_manifest("one")) == {"scree.png", "space.json", "space.safetensors"}
     assert "balanced accuracy" in run("info one").stdout
-    run(line.replace("one", "two"))
+    run(line.replace(" one ", " two "))
     assert digests("one") == digests("two")
 
 
@@ -125,22 +126,53 @@ def test_not_everything_can_be_added(run):
     assert os.listdir() == ["old"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("route", ["gram", "covariance", "subspace"])
-def test_two_ranks_fit_the_same_space(run, world, route):
-    line = ["fit", str(world / "old"), "--components", "10", "--route", route]
-    line += ["--labels", str(world / "labels.csv"), "--passes", "12"]
-    run(" ".join([*line[:2], "alone", *line[2:]]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    done = subprocess.run(
-        [*command, "2", "-m", "w2w_fast", *line[:2], "together", *line[2:]],
+# --- several processes
+
+TOGETHER = """
+import sys
+import torch
+from w2w_fast import fit, ranks
+
+with ranks.joined():
+    for route in ("gram", "covariance", "subspace"):
+        space = fit(sys.argv[1], 10, dtype=torch.float32, route=route, labels=sys.argv[2])
+        space.save(f"{route}-{ranks.rank()}")
+    space = fit(sys.argv[1], "auto", dtype=torch.float32)
+    space.save(f"auto-{ranks.rank()}")
+"""
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         *arguments],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def test_two_ranks_fit_the_same_space(run, world):
+    Path("together.py").write_text(TOGETHER)
+    done = torchrun("together.py", str(world / "old"), str(world / "labels.csv"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("40 people, 10 components") == 1
-    one, two = (WeightSpace.load(name) for name in ("alone", "together"))
-    for name in ("mean", "std"):
-        assert torch.allclose(getattr(one, name), getattr(two, name), rtol=1e-6, atol=0)
-    assert float((one.coefficients - two.coefficients).abs().max()) < 1e-3
-    assert largest_angle(*(torch.linalg.qr(s.basis.float())[0] for s in (one, two))) < 2e-3
-    assert one.meta["fit"] == two.meta["fit"] and os.listdir() == ["alone", "together"]
+    for route in ("gram", "covariance", "subspace", "auto"):
+        one, two = (WeightSpace.load(f"{route}-{rank}") for rank in (0, 1))
+        assert torch.equal(one.basis, two.basis) and torch.equal(one.coefficients, two.coefficients)
+        alone = fit(
+            world / "old", "auto" if route == "auto" else 10, dtype=torch.float32,
+            route=route, labels=None if route == "auto" else world / "labels.csv",
+        )  # fmt: skip
+        assert one.meta["fit"] == alone.meta["fit"]
+        for name in ("mean", "std", "explained"):
+            assert torch.allclose(getattr(one, name), getattr(alone, name), rtol=1e-6, atol=0)
+        assert largest_angle(one.basis, alone.basis) < 1e-5
+        assert_close("c", one.coefficients, alone.coefficients, 1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_from_the_command_line(run, world):
+    done = torchrun("-m", "w2w_fast", "fit", str(world / "old"), "out", "--components", "6")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("40 people, 6 components") == 1 and os.listdir() == ["out"]
+    done = torchrun("-m", "w2w_fast", "fit", str(world / "old"), "more", "--components", "40")
+    assert done.returncode and done.stderr.count("w2w: components: wanted 1 to n - 1 = 39") == 1
+    assert os.listdir() == ["out"]

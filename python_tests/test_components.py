@@ -213,4 +213,4 @@ def test_the_population_is_never_in_memory(tmp_path):
         [sys.executable, "-c", STREAM, str(tmp_path / "w")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 80_000  # KiB
+    assert int(done.stdout) < 120_000  # KiB; the matrix and a standardised one are 320,000

@@ -75,7 +75,11 @@ def test_readings_are_lines_and_survive_any_file():
     lines = dict(readings(fit_readers(c, labels, NAMES)[1]))
     assert list(lines) == NAMES and "AUC 0." in lines["beard"] and "R2 0." in lines["age"]
     assert "by chance" in lines["nothing"]
-    old = {"hat": {"accuracy": 0.9, "r2": 0.5, "ridge": 1.0}, "odd": 3, "none": {"null": {"auc": 1}}}
+    old = {
+        "hat": {"accuracy": 0.9, "r2": 0.5, "ridge": 1.0},
+        "odd": 3,
+        "none": {"null": {"auc": 1}},
+    }
     assert dict(readings(old)) == {
         "hat": "accuracy 0.900, R2 0.500", "odd": "nothing known", "none": "nothing known",
     }  # fmt: skip

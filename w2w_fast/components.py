@@ -11,10 +11,10 @@ subspace    block subspace iteration (Halko, Martinsson and Tropp, 2011): V <- o
             pass over the rows each, in float32. A plain pass damps what is not wanted by the ratio
             of eigenvalues, which near the m-th is almost 1. So the passes are the steps of a
             Chebyshev filter (Zhou, Saad, Tiago and Chelikowsky, 2006), S = Z^T Z V - (cut / 2) V -
-            (cut^2 / 16) P, P the block before V, which damps [0, cut] with
-            about half the passes. cut is the Ritz value in the middle of the columns more than m: a
-            Ritz value is below its eigenvalue, so nothing wanted is damped, and the middle one is
-            nearer to where the unwanted begin than the last. Rayleigh-Ritz ends it.
+            (cut^2 / 16) P, P the block before V: that damps [0, cut] as plain passes do, twice as
+            many of them. cut is the Ritz value in the middle of the columns more than m: it is
+            below its eigenvalue, so nothing wanted is damped, and nearer to where the unwanted
+            begin than the last one is. Rayleigh-Ritz ends it.
 
 Blocks do not depend on how the population is cut into shards, so neither does a bit of the result.
 """
@@ -75,7 +75,12 @@ class Stack:
 
     def spans(self) -> list[tuple[int, int]]:
         """The blocks of rows to go through it by."""
-        return spans(len(self), BLOCK_NUMBERS // self.d)
+        return _blocks(len(self), self.d)
+
+
+def _blocks(length: int, other: int) -> list[tuple[int, int]]:
+    """Blocks of a side of a matrix, as large as memory likes, and eight at least to be shared."""
+    return spans(length, min(BLOCK_NUMBERS // other, -(-length // 8)))
 
 
 @dataclass(frozen=True)
@@ -292,10 +297,10 @@ def _tensor_cores(device: torch.device) -> Iterator[None]:
 def _gram(z: Standardised, m: int) -> tuple[Tensor, Tensor]:
     n = len(z)
     square = torch.zeros(n, n, dtype=torch.float64, device=z.device)
-    blocks = ranks.share(spans(z.d, BLOCK_NUMBERS // n))
+    blocks = ranks.share(_blocks(z.d, n))
     for start, stop in blocks:
         part = z.columns(start, stop)
-        for a, b in spans(n, -(-n // 8)):  # panels of the lower triangle, which is all eigh reads
+        for a, b in spans(n, max(512, -(-n // 8))):  # the lower triangle: all that eigh reads
             square[a:b, :b].addmm_(part[a:b], part[:b].mT)
     values, vectors = _top(ranks.total(square), m)
     weights = vectors * values.clamp_min(1e-300).rsqrt()
@@ -307,7 +312,7 @@ def _gram(z: Standardised, m: int) -> tuple[Tensor, Tensor]:
 
 def _covariance(z: Standardised, m: int) -> tuple[Tensor, Tensor]:
     square = torch.zeros(z.d, z.d, dtype=torch.float64, device=z.device)
-    for start, stop in ranks.share(spans(len(z), BLOCK_NUMBERS // z.d)):
+    for start, stop in ranks.share(_blocks(len(z), z.d)):
         part = z.rows(start, stop).double()
         square.addmm_(part.mT, part)
     values, vectors = _top(ranks.total(square), m)
@@ -315,7 +320,7 @@ def _covariance(z: Standardised, m: int) -> tuple[Tensor, Tensor]:
 
 
 def _subspace(z: Standardised, m: int, passes: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    blocks = ranks.share(spans(len(z), BLOCK_NUMBERS // z.d))
+    blocks = ranks.share(_blocks(len(z), z.d))
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(z.d, width, generator=generator).to(z.device)
     basis[z.gain == 0] = 0

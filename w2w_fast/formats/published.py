@@ -67,8 +67,8 @@ def import_published(
     without changing a single adapter, so both are negated; the number is kept in
     meta["negative_std"].
     dtype: how the basis is stored, bf16 or int8 (see ``WeightSpace.quantize``).
-    Raises InputError: no allow_pickle, torch < 2.10, a file that is missing, malformed, of the wrong
-    shape or not finite, names not in the order of Layout.sd15.
+    Raises InputError: no allow_pickle, torch < 2.10, a file that is missing, malformed, of the
+    wrong shape or not finite, names not in the order of Layout.sd15.
     """
     folder = Path(folder)
     if dtype not in ("bf16", "int8"):
