@@ -18,7 +18,9 @@ from w2w_fast.testing import race, timer
 
 from .bench import Floor, Setting
 
-_PACKAGES = ("torch", "triton", "diffusers", "peft", "transformers", "numpy", "w2w_fast")
+_PACKAGES = (
+    "torch", "triton", "diffusers", "peft", "transformers", "numpy", "scikit-learn", "w2w_fast",
+)  # fmt: skip
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2w_fast.benchmarks import goals, gpu, report
+from w2w_fast.benchmarks import fit, fit_page, goals, gpu, report
 from w2w_fast.benchmarks import run as runner
 from w2w_fast.benchmarks.bench import Setting
 from w2w_fast.benchmarks.cases import edit as edit_cases
@@ -217,3 +217,32 @@ def test_gpu_script_reads_summaries_and_goes_on(monkeypatch, tmp_path, capsys):
     assert "tests: ok" in printed
     stages = read_json(tmp_path / "summary-build-tests.json")["stages"]
     assert not stages["build"]["ok"] and stages["tests"]["ok"]
+
+
+@pytest.mark.slow
+def test_fit_against_the_others(tmp_path, monkeypatch, capsys):
+    """A quick run passed off as a full one: all find the subspace, and the page says so."""
+    out = tmp_path / "fit.json"
+    monkeypatch.setattr("sys.argv", ["fit.py", "--quick", "--out", str(out)])
+    assert fit.main() == 0
+    found = read_json(out)
+    (case,) = found["cases"]
+    lines = {line["name"]: line for line in case["lines"]}
+    assert set(lines) == set(fit.CONTENDERS)
+    for name in ("w2w_fast", "torch.linalg.svd"):
+        assert lines[name]["angle"] < 1e-3 and lines[name]["seconds"] > 0
+    for line in lines.values():
+        assert abs(line["explained"] - case["best"]) < 0.05 and line["peaks"]["rss"] > 0
+    write_json(out, {**found, "quick": False})
+    report.write(tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "fit.md").read_text()
+    assert "| w2w_fast |" in page and "extrapolated, not run" in page
+    assert (tmp_path / "docs" / fit_page.PICTURE).stat().st_size > 10_000
+    assert "GPU: not run" in (tmp_path / "docs" / "benchmarks.md").read_text()
+
+
+def test_a_contender_that_takes_too_long_is_stopped(tmp_path):
+    fit.write(tmp_path / "p", 30, 100)
+    line = fit.alone("torch.linalg.svd", tmp_path / "p", 5, tmp_path / "out.npy", 0.1)
+    assert line["note"] == "stopped after 0 s" and "seconds" not in line
+    assert "Not run" in fit_page.page(None)

@@ -361,9 +361,9 @@ def test_populate_and_fit(run, world):
     noisy = run("fit {}/population noisy --components 9 --labels {}/labels.csv")
     assert re.fullmatch(r"w2w: warning: 9 components[^\n]*\n", noisy.stderr)
     space = w2w.WeightSpace.load("fitted")
-    readers = space.meta.pop("readers")
+    assert set(space.meta.pop("readers")) == set(space.attributes)
+    assert space.meta.pop("fit")["route"] == "gram"
     assert space.meta == {"prompt": "sks person", "base": str(world / "base")}
-    assert set(readers) == set(space.attributes)
 
 
 def test_invert(run, world):
@@ -460,7 +460,7 @@ def test_import_published_hands_over_its_options(run, world, monkeypatch):
     monkeypatch.setattr("w2w_fast.formats.import_published", convert)
     line = "import-published files imported --components 5 --allow-pickle"
     assert "6 components, 40 people" in run(line).stdout
-    wanted = {"components": 5, "labels": None, "allow_pickle": True}
+    wanted = {"components": 5, "labels": None, "dtype": "bf16", "allow_pickle": True}
     assert seen == {"folder": Path("files"), **wanted}
     first = tree(Path("imported"))
     run(line, code=2)

@@ -12,8 +12,8 @@ import torch
 
 from w2w_fast.errors import InputError
 from w2w_fast.layout import Layout, Module
-from w2w_fast.linear import principal_components, ridge
-from w2w_fast.space import WeightSpace, same_start
+from w2w_fast.space import WeightSpace
+from w2w_fast.start import same_start
 from w2w_fast.testing import assert_close
 
 LAYOUT = Layout((Module("a.to_q", 20, 10), Module("a.to_v", 12, 8)), 1, 8.0)
@@ -41,33 +41,11 @@ def space():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [5, 40, D + 30])
-def test_pca_equals_svd(n):
-    w, _ = population(n)
-    m = min(n - 1, 6)
-    got = principal_components(w, m)
-    mean, std, basis, explained = oracle.pca(w, m)
-    assert_close("mean", got.mean, mean, 1e-12)
-    assert_close("std", got.std, std, 1e-12)
-    assert_close("explained", got.explained, explained, 1e-12)
-    assert_close("basis", got.basis, basis, 1e-7)
-    assert_close("orthonormal", got.basis.mT @ got.basis, torch.eye(m), 1e-12)
-    assert bool((got.basis.gather(0, got.basis.abs().argmax(0)[None]) > 0).all())
-
-
-def test_pca_in_blocks(monkeypatch):
-    w, _ = population(40)
-    for n in (40, D + 30):
-        w, _ = population(n)
-        whole = principal_components(w, 5)
-        monkeypatch.setattr("w2w_fast.linear._BLOCK_NUMBERS", 300)
-        assert_close("basis", principal_components(w, 5).basis, whole.basis, 1e-9)
-        monkeypatch.undo()
-
-
 def test_fixed_coordinates_stay_and_carry_nothing():
     w, _ = population(frozen_A=True)
-    space = WeightSpace.from_population(w, LAYOUT, 6, dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"64.0% of an adapter's numbers never moved"):
+        space = WeightSpace.from_population(w, LAYOUT, 6, dtype=torch.float32)
+    assert space.meta["fit"]["fixed"] == 0.64
     is_A = torch.zeros(D, dtype=torch.bool)
     for rows, _ in LAYOUT.slices():
         is_A[rows] = True
@@ -105,6 +83,8 @@ def test_population_refuses():
     w[7, 3] = torch.nan
     with pytest.raises(InputError, match="w: model 7 holds NaN"):
         WeightSpace.from_population(w, LAYOUT, 5)
+    with pytest.raises(InputError, match="w: s7 holds NaN"):
+        WeightSpace.from_population(w.split(9), LAYOUT, 5, names=[f"s{i}" for i in range(40)])
     with pytest.raises(InputError, match=r"w: wanted floats \[n, 50\]"):
         WeightSpace.from_population(w[:, :-1], LAYOUT, 5)
 
@@ -129,43 +109,12 @@ def test_mixed_starts_are_noticed():
 # --- readers and directions
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 50.0])
-def test_ridge_left_out_is_exact(strength):
-    c, y = awkward.normal(30, 7, seed=1) + 2, awkward.normal(30, 2, seed=2) + 5
-    got = ridge(c, y, torch.tensor([strength], dtype=torch.float64))
-    for i in range(2):
-        weights, predictions = oracle.ridge_left_out(c, y[:, i], strength)
-        assert_close("weights", got.weights[i], weights, 1e-9)
-        assert_close("predictions", got.predictions[:, i], predictions, 1e-8)
-        truth = oracle.f64(y[:, i])
-        r2 = 1 - ((truth - predictions) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
-        assert abs(float(got.r2[i]) - r2) < 1e-9
-
-
-def test_ridge_takes_the_best_strength_of_each_column(monkeypatch):
-    c = awkward.normal(60, 20, seed=1)
-    y = torch.stack([c[:, 0] * 2, awkward.normal(60, seed=3)], dim=1)
-    strengths = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
-    got = ridge(c, y, strengths)
-    losses = [
-        [((oracle.f64(y[:, i]) - oracle.ridge_left_out(c, y[:, i], float(s))[1]) ** 2).sum()
-         for s in strengths]
-        for i in range(2)
-    ]  # fmt: skip
-    assert got.strength.tolist() == [float(strengths[np.argmin(loss)]) for loss in losses]
-    assert got.strength[0] < got.strength[1]
-    monkeypatch.setattr("w2w_fast.linear._BLOCK_NUMBERS", 20 * 7)
-    again = ridge(c, y, strengths)
-    assert_close("weights", again.weights, got.weights, 1e-9)
-    assert_close("predictions", again.predictions, got.predictions, 1e-9)
-
-
-@pytest.mark.parametrize("method", ["ridge", "lstsq"])
+@pytest.mark.parametrize("method", ["ridge", "lstsq", "logistic"])
 def test_directions_are_one_sd_long_and_raise_their_label(space, method):
     w, labels = population()
     report = space.fit_directions(labels, ["beard", "age"], method=method)
     assert report["beard"]["accuracy"] > 0.85 and report["age"]["r2"] > 0.9
-    assert "accuracy" not in report["age"]
+    assert "accuracy" not in report["age"] and space.meta["readers"] == report
     centred = space.coefficients - space.mu
     for row, reader, column in zip(space.directions, space.classifiers, labels.mT, strict=True):
         along = centred @ (row / row.norm())
@@ -186,6 +135,12 @@ def test_too_many_components_for_the_labels_warn():
         WeightSpace.from_population(w, LAYOUT, 14, labels=labels, attributes=["b", "a"])
 
 
+def test_too_many_components_for_the_models_warn():
+    w, _ = population()
+    with pytest.warns(UserWarning, match="14 components for 40 models: keep m below a third"):
+        WeightSpace.from_population(w, LAYOUT, 14)
+
+
 def test_fit_directions_refuses(space):
     _, labels = population()
     for bad, names, message in [
@@ -197,7 +152,7 @@ def test_fit_directions_refuses(space):
     ]:
         with pytest.raises(InputError, match=message):
             space.fit_directions(bad, names)
-    with pytest.raises(InputError, match="method: wanted ridge or lstsq"):
+    with pytest.raises(InputError, match="method: wanted ridge, lstsq or logistic"):
         space.fit_directions(labels, ["b", "a"], method="svm")
     space.coefficients = None
     with pytest.raises(InputError, match="holds no coefficients"):
@@ -399,8 +354,20 @@ def test_inconsistent_files_are_refused(space, tmp_path, change, message):
 def test_nan_in_a_file_is_refused_by_key(space, tmp_path):
     space.directions[0, 0] = torch.nan
     space.save(tmp_path / "s")
-    with pytest.raises(InputError, match="directions: holds NaN"):
+    with pytest.raises(InputError, match=r"s/space.safetensors: space: directions: holds NaN"):
         WeightSpace.load(tmp_path / "s")
+
+
+def test_numbers_are_looked_at_once(space, tmp_path, monkeypatch):
+    from w2w_fast import files
+    from w2w_fast import space as module
+
+    space.save(tmp_path / "s")
+    seen = []
+    for owner in (files, module):
+        monkeypatch.setattr(owner, "all_finite", lambda t: seen.append(tuple(t.shape)) or True)
+    WeightSpace.load(tmp_path / "s")
+    assert seen.count((D, 8)) == 1
 
 
 def test_a_manifest_that_skips_a_file_is_refused(space, tmp_path):

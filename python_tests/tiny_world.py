@@ -107,9 +107,11 @@ def population(layout: Layout, n: int = 12, seed: int = 5) -> torch.Tensor:
     return start + 0.1 * torch.randn(n, layout.size, generator=generator)
 
 
-def write_population(folder: Path, w: torch.Tensor, layout: Layout, batch: int = 5) -> list[str]:
+def write_population(
+    folder: Path, w: torch.Tensor, layout: Layout, batch: int = 5, who: str = "person"
+) -> list[str]:
     """A finished population's folder, written without `populate`; the names, person-00 ..."""
-    names = [f"person-{i:02d}" for i in range(len(w))]
+    names = [f"{who}-{i:02d}" for i in range(len(w))]
     begin(folder, layout, {"verb": "test"})
     parts = w.split(batch)
     for i, part in enumerate(parts):

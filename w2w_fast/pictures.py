@@ -1,8 +1,9 @@
-"""Pictures on disk: PNGs that say how they were made, a table of them, and contact sheets."""
+"""Pictures on disk: PNGs that say how they were made, contact sheets, a space's spectrum."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,3 +58,21 @@ def save_pictures(
         writer.writerows(table)
     # A sheet is for looking at: of very many pictures the first 256.
     contact_sheet(images[:256]).save(folder / "contact-sheet.png")
+
+
+def scree(path: Path, explained: Sequence[float]) -> None:
+    """A scree plot as PNG: each component's share of the variance, and that of all up to it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    index = range(1, len(explained) + 1)
+    left = figure.add_subplot()
+    left.loglog(index, explained, ".-", color="#0b6e4f", linewidth=1, markersize=4)
+    left.set(xlabel="component", ylabel="share of the variance")
+    right = left.twinx()
+    right.plot(index, [100 * x for x in itertools.accumulate(explained)], color="#3a6ea5")
+    right.set(ylim=(0, 100), ylabel="all up to it, %")
+    left.grid(color="#e3e6ea", linewidth=0.8)
+    figure.savefig(path, metadata={"Software": None})  # the same bytes for the same numbers

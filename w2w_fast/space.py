@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,15 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .components import (
+    PASSES,
+    Stack,
+    Standardised,
+    check_components,
+    coefficients,
+    moments,
+    principal_components,
+)
 from .errors import InputError
 from .files import (
     all_finite,
@@ -33,8 +41,9 @@ from .files import (
     write_tensors,
 )
 from .layout import Layout
-from .linear import principal_components, ridge
 from .ops._basis import quantized
+from .readers import PERMUTATIONS, fit_readers
+from .start import Start, warn_of_many
 
 _FORMAT, _VERSION = "w2w_fast.space", 1
 _TENSORS, _JSON = "space.safetensors", "space.json"
@@ -235,49 +244,30 @@ class WeightSpace:
         return space
 
     def fit_directions(
-        self, labels: Tensor, attributes: Sequence[str], *, method: str = "ridge"
-    ) -> dict[str, dict[str, float]]:
+        self,
+        labels: Tensor,
+        attributes: Sequence[str],
+        *,
+        method: str = "ridge",
+        permutations: int = PERMUTATIONS,
+    ) -> dict[str, dict[str, Any]]:
         """Fit a reader and a direction to each column of labels ``[n, a]``; returns how well.
 
-        ``ridge`` (its strength chosen left one out, an attribute at a time) or ``lstsq``, the
-        paper's. The direction is S c / |S c|, S the coefficients' covariance: what changes in the
-        population along with the reader's score; one standard deviation long, raising the label.
-        Two-valued columns are binary: beside ``r2`` they get ``accuracy``, both left one out.
-        The answer is kept as ``meta["readers"]``.
+        The direction is S c / |S c|, S the coefficients' covariance, c the reader: what changes in
+        the population along with the reader's score; one standard deviation long, raising the
+        label. Methods, figures and errors are ``readers.fit_readers``'s, and the answer is kept as
+        ``meta["readers"]``.
         """
         if self.coefficients is None:
             raise InputError("fit_directions: this space holds no coefficients to fit to")
-        if method not in ("ridge", "lstsq"):
-            raise InputError(f"method: wanted ridge or lstsq, got {method!r}")
         attributes = list(attributes)
-        if labels.shape != (self.n, len(attributes)) or len(set(attributes)) != len(attributes):
-            raise InputError(
-                f"labels: wanted [{self.n}, {len(attributes)}] and distinct attributes, "
-                f"got {list(labels.shape)} and {attributes}"
-            )
         labels = labels.to(self.coefficients.device, torch.float32)
-        values = [column.unique() for column in labels.mT]
-        for name, column in zip(attributes, values, strict=True):
-            if not bool(column.isfinite().all()) or len(column) < 2:
-                raise InputError(f"labels: {name}: wanted finite numbers of two or more values")
-        if 3 * self.m > self.n:
-            warnings.warn(
-                f"{self.m} components for {self.n} labelled models: readers are at their worst "
-                "where the two are close; keep m below a third of n",
-                stacklevel=2,
-            )
-        zero = torch.zeros(1, dtype=torch.float64, device=labels.device)
-        reader = ridge(self.coefficients, labels, zero if method == "lstsq" else None)
+        weights, report = fit_readers(
+            self.coefficients, labels, attributes, method=method, permutations=permutations
+        )
         self.labels, self.attributes = labels, attributes
-        self.classifiers = reader.weights.float()
+        self.classifiers = weights.to(labels.device)
         self._set_directions()
-        report: dict[str, dict[str, float]] = {}
-        for i, (name, column) in enumerate(zip(attributes, values, strict=True)):
-            report[name] = {"r2": float(reader.r2[i]), "ridge": float(reader.strength[i])}
-            if len(column) == 2:
-                middle = column.double().mean()
-                agree = (reader.predictions[:, i] > middle) == (labels[:, i] > middle)
-                report[name]["accuracy"] = float(agree.double().mean())
         self.meta = {**self.meta, "readers": report}
         return report
 
@@ -291,48 +281,56 @@ class WeightSpace:
     @classmethod
     def from_population(
         cls,
-        w: Tensor,
+        w: Tensor | Sequence[Tensor],
         layout: Layout,
         components: int,
         *,
         labels: Tensor | None = None,
         attributes: Sequence[str] = (),
+        method: str = "ridge",
         names: Sequence[str] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         meta: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        route: str = "auto",
+        passes: int = PASSES,
+        oversample: int | None = None,
     ) -> WeightSpace:
         """The space of a population w ``[n, d]``, and its directions if labels ``[n, a]`` come.
 
+        w may be a list of shards ``[n_i, d]``: they are read block by block, on ``device``, and the
+        space comes back on the CPU. route, passes and oversample: see ``components``.
         Coefficients are those of the stored (rounded) basis. Warns where the population did not
-        start from one A (see ``same_start``) and where m > n / 3 with labels.
+        start from one A (see ``start``), where numbers never moved, and where m > n / 3.
         """
-        if w.ndim != 2 or w.shape[1] != layout.size or not w.is_floating_point():
-            raise InputError(f"w: wanted floats [n, {layout.size}], got {list(w.shape)}")
-        if not bool(w.isfinite().all()):
-            bad = int((~w.isfinite().all(1)).nonzero()[0])
-            raise InputError(f"w: model {bad} holds NaN or infinite numbers")
-        pca = principal_components(w, components)
-        alike = same_start(w, layout)
-        if alike < 0.1:
-            warnings.warn(
-                f"the models' A matrices are unrelated (mean cosine {alike:.2f}): they did not "
-                "start from the same adapter, and components of raw factors mean little",
-                stacklevel=2,
-            )
-        mean, std = pca.mean.float(), pca.std.float()
+        shards = [w] if isinstance(w, Tensor) else list(w)
+        for part in shards:
+            if part.ndim != 2 or part.shape[1] != layout.size or not part.is_floating_point():
+                raise InputError(f"w: wanted floats [n, {layout.size}], got {list(part.shape)}")
+        stack, start = Stack(shards), Start(layout, device)
+        check_components(components, len(stack))
+        known = moments(stack, names, start.add, device)
+        pca = principal_components(
+            Standardised(stack, known.mean, known.std, device=device), known.n, components,
+            way=route, passes=passes, oversample=oversample,
+        )  # fmt: skip
+        mean, std = known.mean.float(), known.std.float()
         basis = pca.basis.to(dtype)
+        facts = {"route": pca.route, **start.check(known.n, std)}
         space = cls(
             layout=layout,
-            mean=mean,
-            std=std,
-            basis=basis,
-            coefficients=ops.project(w, basis, mean, std).float(),
+            mean=mean.cpu(),
+            std=std.cpu(),
+            basis=basis.cpu(),
+            coefficients=coefficients(stack, basis, mean, std).cpu(),
             names=None if names is None else list(names),
-            explained=pca.explained.float(),
-            meta=dict(meta or {}),
+            explained=pca.explained.float().cpu(),
+            meta={**(meta or {}), "fit": facts},
         )
         if labels is not None:
-            space.fit_directions(labels, attributes)
+            space.fit_directions(labels, attributes, method=method)
+        elif 3 * space.m > space.n:
+            warn_of_many(space.m, space.n)
         return space
 
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -395,32 +393,16 @@ class WeightSpace:
             for key, shape in shapes.items()
             if isinstance(shape, list)
         }
-        tensors, _ = read_tensors(folder / _TENSORS, expect=expect, mmap=mmap)
-        space = cls(
-            layout=Layout.from_json(info.get("layout")),
-            mean=tensors.pop("mean", None),
-            std=tensors.pop("std", None),
-            basis=tensors.pop("basis", None),
-            names=info["names"],
-            attributes=info["attributes"],
-            meta=info["meta"],
-            **tensors,
-        )
+        # Construction looks for NaN, once; two gigabytes are not looked at twice.
+        tensors, _ = read_tensors(folder / _TENSORS, expect=expect, mmap=mmap, finite=False)
+        layout = Layout.from_json(info.get("layout"))
+        required = {key: tensors.pop(key, None) for key in ("mean", "std", "basis")}
+        told = {key: info[key] for key in ("names", "attributes", "meta")}
+        try:
+            space = cls(layout=layout, **required, **told, **tensors)
+        except InputError as error:
+            raise InputError(f"{folder / _TENSORS}: {error}") from None
         return space if device is None else space.to(device)
-
-
-def same_start(w: Tensor, layout: Layout) -> float:
-    """How alike the A matrices of a population w ``[n, d]`` are: the mean pairwise cosine.
-
-    (A, B) and (sA, B/s) are the same adapter, so raw factors can be compared only if every model
-    started from one A. Then A keeps much of its start (cosine .3 to 1 after training), and from
-    starts of their own it is near 0. The mean over pairs is (n |mean unit vector|^2 - 1) / (n - 1).
-    """
-    n, values = w.shape[0], []
-    for rows, _ in layout.slices():
-        unit = torch.nn.functional.normalize(w[:, rows].double(), dim=1)
-        values.append((n * unit.mean(0).square().sum() - 1) / (n - 1))
-    return float(torch.stack(values).mean())
 
 
 def _folder(name: str | os.PathLike) -> Path:

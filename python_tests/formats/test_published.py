@@ -91,6 +91,18 @@ def test_imported_space_is_the_published_one(folder, published):
     torch.testing.assert_close(space.project(wanted), c, rtol=0.01, atol=0.2)
 
 
+def test_eight_bits_on_request(folder, published):
+    wide = load(folder)
+    (folder.parent / "space").rename(folder.parent / "wide")
+    small = load(folder, dtype="int8")
+    assert small.basis.dtype == torch.int8 and small.meta["quantized"]["relative_error"] < 0.01
+    assert small.meta["negative_std"] == wide.meta["negative_std"] and bool((small.std >= 0).all())
+    error = small.reconstruct(small.coefficients[:2]) - wide.reconstruct(wide.coefficients[:2])
+    assert error.norm() < 0.01 * (wide.reconstruct(wide.coefficients[:2]) - wide.mean).norm()
+    with pytest.raises(InputError, match="dtype: wanted bf16 or int8, got 'int3'"):
+        load(folder, dtype="int3")
+
+
 def test_fewer_components(folder, published):
     space = load(folder, components=5)
     assert space.m == 5 and space.coefficients.shape == (N, 5)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import collect, look, populate
+from . import collect, learn, look, populate
 from . import options as opt
 from . import support as shared
 from .support import MOST_IMAGES
@@ -60,34 +60,14 @@ command(
 )(collect.collect)
 
 
-@command(
+command(
     "fit",
     MAKE,
-    "w2w fit population/ space/ --components 100 --labels labels.csv --base sd15/",
-)
-def fit(
-    population: Annotated[Path, typer.Argument(help="A finished population's folder.")],
-    space: opt.SpaceOut,
-    components: Annotated[int, typer.Option(min=1, max=1_000_000, help="Kept components.")] = 100,
-    labels: Annotated[
-        Path | None, typer.Option(help="CSV or Parquet: a column name, and one an attribute.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, recorded in the space.")] = None,
-    prompt: Annotated[str, typer.Option(help="Recorded in the space.")] = "sks person",
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Find the principal components of a population, and the directions of attributes."""
-    shared.new_folder(space, overwrite, "space.json")
-    from ..denoise import check_prompts
-    from ..verbs.fit import fit as verb
-
-    check_prompts([prompt])
-    meta = shared.given(prompt=prompt, base=base)
-    made = verb(population, components, labels=labels, meta=meta)
-    made.save(space, overwrite=overwrite)
-    share = float(made.explained.sum())
-    typer.echo(f"{space}: {made.n} people, {made.m} components, {share:.1%} of the variance")
-    _show_attributes(made)
+    "w2w fit population/ space/ --components 1000 --labels labels.csv --base sd15/",
+    "w2w fit population/ space/ --components auto --method logistic",
+    "w2w fit more-people/ bigger-space/ --add space/ --check population/",
+    "torchrun --nproc-per-node 2 -m w2w_fast fit population/ space/ --components 1000",
+)(learn.fit)
 
 
 @command("quantize", MAKE, "w2w quantize celeba/ celeba-int8/ --to int8")
@@ -397,12 +377,17 @@ def import_(
     "import-published",
     FILES,
     "w2w import-published weights2weights/ celeba/ --components 1000 --allow-pickle",
+    "w2w import-published weights2weights/ celeba-int8/ --components 10000 --dtype int8 "
+    "--allow-pickle",
 )
 def import_published(
     folder: Annotated[Path, typer.Argument(help="With V.pt, mean.pt, std.pt, ...")],
     out: opt.SpaceOut,
     components: Annotated[int, typer.Option(min=1, max=10_000)] = 1000,
     labels: Annotated[Path | None, typer.Option(help="CSV or Parquet.")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="bf16|int8", help="How a number of the basis is stored.")
+    ] = "bf16",
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="The files are pickles: only if you trust them.")
     ] = False,
@@ -413,12 +398,18 @@ def import_published(
     from .. import formats
     from ..files import atomic_dir
 
-    options = {"components": components, "labels": labels, "allow_pickle": allow_pickle}
+    options = {
+        "components": components, "labels": labels, "dtype": dtype, "allow_pickle": allow_pickle,
+    }  # fmt: skip
     with atomic_dir(out, overwrite=overwrite) as temporary:
         made = formats.import_published(folder, temporary, **options)
     people = f"{made.n} people" if made.n else "statistics, but no people's coefficients"
     typer.echo(f"{out}: {made.m} components, {people}")
-    _show_attributes(made)
+    if repaired := made.meta.get("negative_std"):
+        typer.echo(f"std: {repaired} negative numbers, negated with their rows of the basis")
+    if quantized := made.meta.get("quantized"):
+        typer.echo(f"{dtype}: rms error {quantized['relative_error']:.2%} of the adapters' spread")
+    shared.show_readers(made)
 
 
 command("info", HELP, "w2w info demo", "w2w info people.safetensors", "w2w info lora.safetensors")(
@@ -427,11 +418,6 @@ command("info", HELP, "w2w info demo", "w2w info people.safetensors", "w2w info 
 command("doctor", HELP, "w2w doctor")(look.doctor)
 command("demo", HELP, "w2w demo", "w2w demo --photo me.jpg --out my-demo")(look.demo)
 command("bench", HELP, "w2w bench", "w2w bench reconstruct merge --out bench.json")(look.bench)
-
-
-def _show_attributes(space: Any) -> None:
-    if space.attributes:
-        typer.echo(f"attributes: {', '.join(space.attributes)}")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from ..formats import read_adapter
 from ..layout import Layout
 from ..ops import _dispatch
 from ..population import open_population
+from ..readers import readings
 from .support import open_space
 
 Lines = Iterator[tuple[str, object]]
@@ -50,8 +51,8 @@ def _space(name: str) -> Lines:
     yield "people", space.n or "their coefficients are not in it"
     yield "attributes", ", ".join(space.attributes) or "none"
     readers = space.meta.get("readers")
-    for attribute, found in readers.items() if isinstance(readers, dict) else ():
-        yield f"  {attribute}", str(found)[:500]
+    for attribute, found in readings(readers if isinstance(readers, dict) else {}):
+        yield f"  {attribute}", found[:500]
     for key in sorted(set(space.meta) - {"readers"}):
         yield f"meta.{key}", str(space.meta[key])[:500]
 

@@ -261,6 +261,15 @@ def read_start(path: Path, layout: Layout) -> Any:
     return layout.flatten({n: (a, b / layout.scale) for n, (a, b) in adapter.modules.items()})
 
 
+def components(text: str | None) -> int | str | None:
+    """--components: a whole number from 1, "auto", or None where it was not given."""
+    if text is None or text == "auto":
+        return text
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise InputError(f"--components: wanted a whole number from 1, or auto, got {text!r}")
+    return int(text)
+
+
 def defaults(space: WeightSpace, verb: str, kinds: Mapping[str, type]) -> dict[str, Any]:
     """What a space's meta says about a verb: meta[verb] where the kinds fit, InputError if not."""
     own = space.meta.get(verb, {})
@@ -281,6 +290,16 @@ def defaults(space: WeightSpace, verb: str, kinds: Mapping[str, type]) -> dict[s
 def given(**flags: Any) -> dict[str, Any]:
     """Those of the flags that the user gave."""
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def show_readers(space: WeightSpace) -> None:
+    """How well each attribute of a space is read from people left out, a line each."""
+    from ..readers import readings
+
+    lines = list(readings(space.meta.get("readers", {})))
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, text in lines:
+        typer.echo(f"  {name:<{width}}  {text}")
 
 
 # --- outputs --------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def import_published(
     *,
     components: int = 1000,
     labels: str | Path | None = None,
+    dtype: str = "bf16",
     allow_pickle: bool = False,
 ) -> WeightSpace:
     """Convert the published files in `folder` to a space in the directory `out`, and load it.
@@ -65,10 +66,13 @@ def import_published(
     std has negative entries in the published files. A row of V and its std change sign together
     without changing a single adapter, so both are negated; the number is kept in
     meta["negative_std"].
-    The basis is stored in bfloat16. Raises InputError: no allow_pickle, torch < 2.10, a file that
-    is missing, malformed, of the wrong shape or not finite, names not in the order of Layout.sd15.
+    dtype: how the basis is stored, bf16 or int8 (see ``WeightSpace.quantize``).
+    Raises InputError: no allow_pickle, torch < 2.10, a file that is missing, malformed, of the
+    wrong shape or not finite, names not in the order of Layout.sd15.
     """
     folder = Path(folder)
+    if dtype not in ("bf16", "int8"):
+        raise InputError(f"dtype: wanted bf16 or int8, got {dtype!r}")
     if not allow_pickle:
         raise InputError(
             f"{folder}: the published files are pickles; if you trust where they come from, pass "
@@ -105,6 +109,8 @@ def import_published(
         space.fit_directions(table, attributes)
     if components > known:
         space = _continued(space, basis)
+    if dtype == "int8":
+        space = space.quantize("int8")
     space.save(out)
     return WeightSpace.load(out)
 
