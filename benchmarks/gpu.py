@@ -1,13 +1,13 @@
 """All that a machine with a GPU is needed for, in one script: build, test, sanitize, measure.
 
-    python benchmarks/gpu.py --out FOLDER [--stages build,tests,sanitizer,bench] [--minutes N]
+    python benchmarks/gpu.py --out FOLDER [--stages build,tests,sanitizer,bench,verbs] [--minutes N]
 
 Needs a checkout, nvcc, and in this Python torch with CUDA, diffusers, peft, pytest and the build
 tools (scikit-build-core, pybind11, cmake, ninja); no network. `build` installs the checkout in
 place into this Python (where that is the system's own, set PIP_BREAK_SYSTEM_PACKAGES=1, or use an
 environment). Without git, name the checkout's commit in W2W_COMMIT. A stage that fails does not
 stop the next. Copy FOLDER's benchmarks-*.json to benchmarks/results and run report.py to put the
-figures into docs/benchmarks.md.
+figures into docs/benchmarks.md; populate.json and fit.json likewise, as cuda-*.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "tests", "sanitizer", "bench")
+STAGES = ("build", "tests", "sanitizer", "bench", "verbs")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BENCHES = {
     "ops": ("reconstruct", "project", "merge", "edit"),
@@ -150,6 +150,24 @@ def bench(session: Session) -> Stage:
     return stage
 
 
+def verbs(session: Session) -> Stage:
+    """The benchmarks of whole verbs, which are scripts of their own."""
+    stage: Stage = {"ok": True, "files": []}
+    says = []
+    for name in ("populate", "fit"):
+        out = session.out / f"{name}.json"
+        script = str(ROOT / "benchmarks" / f"{name}.py")
+        status, text = session.run(
+            [sys.executable, script, "--device", "cuda", "--out", str(out)], "verbs.log", 1800
+        )
+        stage["ok"] = stage["ok"] and status == 0
+        if out.is_file():
+            stage["files"].append(out.name)
+        says.append(f"{name}: exit {status}" + (f" ({_last(text)})" if status else ""))
+    stage["say"] = ", ".join(says)
+    return stage
+
+
 def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
@@ -212,6 +230,7 @@ def main() -> int:
     session = Session(args.out.resolve(), args.minutes)
     calls: dict[str, Callable[[Session], Stage]] = {
         "build": build, "tests": tests, "sanitizer": sanitizer, "bench": bench,
+        "verbs": verbs,
     }  # fmt: skip
     found: dict[str, Any] = {"machine": box, "stages": {}}
     for name in (stage for stage in STAGES if stage in stages):

@@ -5,7 +5,7 @@ latents. Equal settings for all: rank 1, one photo a step, float32, the same sta
 random numbers, photographs and text encoded beforehand. Every line is a process of its own, so that
 its peak memory is its own; each is run several times, in turns, and the medians count. The rate is
 sample-steps a second, the setting up of adapters and optimisers included; people an hour follow
-from the recipe's steps. ``--report`` makes docs/populate.md and its picture from the JSON.
+from the recipe's steps. ``report.py`` makes docs/populate.md of the newest file of each device.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ from w2w_fast import Layout
 from w2w_fast.benchmarks import machine
 from w2w_fast.benchmarks.cases.unet import _SIZES
 from w2w_fast.encoding import Encoded
-from w2w_fast.files import read_json, write_json
+from w2w_fast.files import write_json
 from w2w_fast.training import Recipe, Training, draw, initial_adapter
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMAT, VERSION = "w2w_fast.benchmark.populate", 1
-STEPS = {"world": 300, "sd15": 800}
-"""Of the recipe whose people an hour are told: the world's own, and the paper's."""
 PHOTOS = 10
-PUBLISHED = 220.0  # seconds a person, 800 steps on an A100 (w2w paper, section 4.2)
 
 
 def base(name: str, device: str) -> tuple[Any, tuple[int, ...], tuple[int, int]]:
@@ -202,110 +198,17 @@ def measure(quick: bool, device: str, rounds: int) -> dict[str, Any]:
     }
 
 
-# --- the page -------------------------------------------------------------------------------------
-
-INTRO = """\
-# People an hour
-
-Made by `python benchmarks/populate.py --report` from `benchmarks/results/*populate*.json`; nothing
-here is typed by hand. `python benchmarks/populate.py --out benchmarks/results/NAME.json` measures.
-
-`populate` trains many people's adapters in one batch on one frozen base; the rival is what a user
-writes today, PEFT and AdamW, one person after the other. Same settings for both: rank 1 on to_q and
-to_v, one photo a step, no prior preservation, float32, photographs and text encoded beforehand.
-Rates are sample-steps a second; people an hour follow from the recipe's steps (world: 300, SD1.5:
-the paper's 800). Peak memory is the process's resident set on a CPU, what was allocated on a GPU.
-The SD1.5-size base has random weights and latents of 8 x 8, a sixty-fourth of the real size: its
-rates compare the two ways of training, and are no forecast of real photographs.
-"""
-
-
-def page(runs: list[dict[str, Any]]) -> str:
-    parts = [INTRO]
-    for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
-        mine = [run for run in runs if run["device"] == device and not run["quick"]]
-        if not mine:
-            parts.append(f"## {title}: not run\n")
-            continue
-        run = max(mine, key=lambda run: run["date"])
-        changed = " (with uncommitted changes)" if run["dirty"] else ""
-        versions = ", ".join(f"{k} {v}" for k, v in sorted(run["versions"].items()))
-        parts.append(
-            f"## {title}: {run['machine']['device']}\n\n{versions}; commit {run['commit']}"
-            f"{changed}, {run['date']}\n"
-        )
-        for name in dict.fromkeys(row["base"] for row in run["rows"]):
-            parts.append(_table(name, [row for row in run["rows"] if row["base"] == name]))
-            parts.append(f"![people an hour](populate-{device}-{name}.png)\n")
-    return "\n".join(parts)
-
-
-def _table(name: str, rows: list[dict[str, Any]]) -> str:
-    rival = next((row["rate"] for row in rows if row["who"] == "peft"), None)
-    text = [f"### {name}\n", "| who | K | sample-steps/s | people an hour | x PEFT | peak |",
-            "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for row in rows:
-        if row["rate"] is None:
-            text.append(f"| {row['who']} | {row['k']} | {row['note']} | | | |")
-            continue
-        ratio = f"{row['rate'] / rival:.2f}" if rival else ""
-        hour = 3600 * row["rate"] / STEPS.get(name, 800)
-        text.append(
-            f"| {row['who']} | {row['k']} | {row['rate']:.2f} | {hour:.1f} | {ratio} "
-            f"| {row['peak'] / 2**30:.2f} GiB |"
-        )
-    if name == "sd15":
-        text.append(
-            f"\nFor comparison, the published population: {PUBLISHED:.0f} s a person on an A100, "
-            f"{800 / PUBLISHED:.1f} steps a second of two samples each (photo and class)."
-        )
-    return "\n".join(text) + "\n"
-
-
-def draw_pictures(runs: list[dict[str, Any]], docs: Path) -> None:
-    from matplotlib.figure import Figure
-
-    for device in ("cpu", "cuda"):
-        mine = [run for run in runs if run["device"] == device and not run["quick"]]
-        if not mine:
-            continue
-        run = max(mine, key=lambda run: run["date"])
-        for name in dict.fromkeys(row["base"] for row in run["rows"]):
-            rows = [row for row in run["rows"] if row["base"] == name and row["rate"]]
-            own = [row for row in rows if row["who"] == "ours"]
-            figure = Figure(figsize=(7, 2.8), layout="constrained")
-            left, right = figure.subplots(1, 2)
-            x = [row["k"] for row in own]
-            left.plot(x, [row["rate"] for row in own], "o-", label="populate")
-            for row in rows:
-                if row["who"] == "peft":
-                    left.axhline(row["rate"], color="tab:red", ls="--", label="PEFT, one by one")
-            right.plot(x, [row["peak"] / 2**30 for row in own], "o-")
-            for axes, what in ((left, "sample-steps a second"), (right, "peak memory, GiB")):
-                axes.set(xscale="log", xlabel="people at once", title=what, ylim=(0, None))
-                axes.set_xticks(x, [str(k) for k in x], minor=False)
-                axes.minorticks_off()
-            left.legend(frameon=False)
-            figure.savefig(docs / f"populate-{device}-{name}.png", dpi=110)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work?")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--report", action="store_true", help="make docs/populate.md and stop")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, who, k, steps, device = args.one
         print(json.dumps(one(name, who, int(k), int(steps), device)))
-        return 0
-    if args.report:
-        found = [read_json(p) for p in sorted((ROOT / "benchmarks/results").glob("*populate*"))]
-        (ROOT / "docs/populate.md").write_text(page(found))
-        draw_pictures(found, ROOT / "docs")
         return 0
     result = measure(args.quick, args.device, args.rounds)
     if args.out:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2w_fast.benchmarks import fit, fit_page, goals, gpu, report
+from w2w_fast.benchmarks import fit, fit_page, goals, gpu, populate, populate_page, report
 from w2w_fast.benchmarks import run as runner
 from w2w_fast.benchmarks.bench import Setting
 from w2w_fast.benchmarks.cases import edit as edit_cases
@@ -246,3 +246,21 @@ def test_a_contender_that_takes_too_long_is_stopped(tmp_path):
     line = fit.alone("torch.linalg.svd", tmp_path / "p", 5, tmp_path / "out.npy", 0.1)
     assert line["note"] == "stopped after 0 s" and "seconds" not in line
     assert "Not run" in fit_page.page(None)
+
+
+def test_populate_and_its_page(tmp_path):
+    rows = []
+    for who, k in (("peft", 1), ("ours", 1), ("ours", 2), ("ours, checkpointing", 2)):
+        got = populate.one("tiny", who, k, 1, "cpu")
+        assert got["rate"] > 0 and got["peak"] > 0
+        rows.append({"base": "tiny", "who": who, "k": k, "steps": 1, "note": "", "rates": [1.0],
+                     "rate": 2.0 * k, "peak": got["peak"]})  # fmt: skip
+    rows.append({**rows[0], "rate": None, "rates": [], "note": "status 1: no"})
+    run = {"format": populate.FORMAT, "quick": False, "device": "cpu", "date": "2026", "rows": rows,
+           "machine": {"device": "a machine"}, "versions": {}, "commit": "c",
+           "dirty": True}  # fmt: skip
+    write_json(tmp_path / "cpu-populate.json", run)
+    write_json(tmp_path / "quick.json", {**run, "quick": True, "date": "2027"})
+    text = populate_page.write(tmp_path, tmp_path).read_text()
+    assert "| ours | 2 | 4.00 | 18.0 | 2.00 |" in text and "| peft | 1 | status 1: no |" in text
+    assert "GPU: not run" in text and (tmp_path / "populate-cpu-tiny.png").stat().st_size > 1000

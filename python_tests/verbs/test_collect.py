@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import w2w_fast as w2w
+from w2w_fast import formats
 from w2w_fast.canonical import align, canonical
 from w2w_fast.cli import app
 from w2w_fast.errors import InputError
@@ -452,3 +453,21 @@ def test_a_real_file(tmp_path):
     (row,) = made.table.to_pylist()
     assert row["format"] == "cloneofsimo" and row["rank"] == 4 and row["text_encoder"] > 0
     assert 0 < row["lost"] < row["lost_most"] < 1 and 0 < row["outside"] < 1
+
+
+def test_an_import_takes_the_form_of_the_space(tmp_path):
+    """Whatever its rank and gauge, a file is where its own row of the population is."""
+    (tmp_path / "loras").mkdir()
+    start = factors(3, 0)
+    people = [factors(3, i, start) for i in range(1, 9)]
+    for i, person in enumerate(people):
+        kohya(tmp_path / "loras" / f"p{i}.safetensors", gauged(person, i))
+    made = collect(tmp_path / "loras", tmp_path / "population", rank=2)
+    space = w2w.fit(made.folder, 5, dtype=torch.float32)
+    kohya(tmp_path / "again.safetensors", gauged(people[3], 99))
+    c = space.project(formats.for_space(w2w.read_adapter(tmp_path / "again.safetensors"), space))
+    assert (c[0] - space.coefficients[3]).abs().max() < 1e-2 * space.sigma[0]
+    raw = w2w.fit(made.folder, 5, dtype=torch.float32)
+    raw.meta["fit"].pop("made_by")
+    with pytest.raises(InputError, match="of another shape"):
+        formats.for_space(w2w.read_adapter(tmp_path / "again.safetensors"), raw)

@@ -363,7 +363,7 @@ def import_(
 
     read = formats.read_adapter(adapter)
     opened = shared.open_space(space)
-    w = formats.to_layout(read, opened.layout)[None]
+    w = formats.for_space(read, opened)
     c = opened.project(w)
     write_coefficients(out, c)
     # In standardised coordinates, where the components are orthonormal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..space import WeightSpace
 
 MOST_IMAGES = 10_000
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 DEMO = ("demo", "w2w_fast demo world")
 
 
@@ -37,6 +39,13 @@ class Group(typer.core.TyperGroup):
                 code = super().main(*args, standalone_mode=False, **kwargs)
             except InputError as error:
                 say(str(error))
+                code = 2
+            except OSError as error:
+                if error.errno not in _DISK:
+                    raise
+                where = f"{error.filename}: " if error.filename else ""
+                say(f"{where}{error.strerror}; what was written before is whole: make room, or "
+                    "name another folder, and run the same command again")  # fmt: skip
                 code = 2
             except Exception as error:
                 if not _is_usage(error):

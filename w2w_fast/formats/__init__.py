@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import files
 from ..attach import attach
+from ..canonical import align, canonical
 from ..errors import InputError
 from ..layout import Layout, Module, _some
 from ..space import WeightSpace
@@ -31,6 +32,7 @@ __all__ = [
     "Verification",
     "export",
     "import_published",
+    "for_space",
     "layout_of",
     "read_adapter",
     "to_layout",
@@ -84,6 +86,26 @@ def to_layout(adapter: Adapter, layout: Layout) -> Tensor:
         parts += [f"{len(wrong)} of another shape: {_some(sorted(wrong))}"] if wrong else []
         raise InputError(f"adapter: {fit}/{len(wanted)} modules fit; {'; '.join(parts)}")
     return layout.flatten({name: (a, b / layout.scale) for name, (a, b) in adapter.modules.items()})
+
+
+def for_space(adapter: Adapter, space: WeightSpace) -> Tensor:
+    """An adapter in the form that a space's people have, w [1, d] float32.
+
+    In a space of collected adapters the canonical one, whatever the adapter's rank; in any other
+    its factors as they are, which must have exactly the layout's shapes. InputError with counts.
+    """
+    layout, made_by = space.layout, space.meta.get("fit", {})
+    if not isinstance(made_by, dict) or made_by.get("made_by") != "collect":
+        return to_layout(adapter, layout)[None]
+    missing = [name for name in layout.names if name not in adapter.modules]
+    if missing:
+        raise InputError(
+            f"adapter: {len(layout.names) - len(missing)} of {len(layout.names)} modules fit; "
+            f"missing: {_some(missing)}"
+        )
+    w = canonical(adapter.modules, layout).w[None]
+    align(w, layout, space.mean.cpu())
+    return w
 
 
 def layout_of(adapter: Adapter) -> Layout:

@@ -84,6 +84,7 @@ def fit(
     if later:
         space = space.cut(choice.by_reading(space.coefficients, table))
         space.fit_directions(table, attributes, method=method)
+    space.meta["fit"]["made_by"] = people.job.get("verb", "")
     if auto:
         space.meta["fit"] |= {"chosen_by": "reading" if later else "completion", "of": most}
     return space
