@@ -73,6 +73,16 @@ class Stack:
                 found.append(shard[mine, columns] if at is None else shard[:, columns][at[mine]])
         return torch.cat(found) if len(found) > 1 else found[0]
 
+    def near(self, device: torch.device | str) -> Stack:
+        """Itself, or its copy in a GPU's memory, where that takes half of what is free at most."""
+        device = torch.device(device)
+        if device.type != "cuda" or 8 * len(self) * self.d > torch.cuda.mem_get_info(device)[0]:
+            return self
+        w = torch.empty(len(self), self.d, device=device)
+        for start, stop in self.spans():
+            w[start:stop] = self.rows(start, stop)
+        return Stack([w])
+
     def spans(self) -> list[tuple[int, int]]:
         """The blocks of rows to go through it by."""
         return _blocks(len(self), self.d)
