@@ -294,8 +294,8 @@ def _top(square: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """TF32 on a GPU: factors of 11 bits, sums of 24. It turns what is wanted by its rounding, as
-    noise in the weights would, and not for long: Rayleigh-Ritz is done in full float32."""
+    """TF32 on a GPU, for the passes: factors of 11 bits, sums in float32. Their rounding turns the
+    components as noise of a two-thousandth in the numbers would; Rayleigh-Ritz is in float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
     try:
