@@ -214,3 +214,16 @@ def test_the_population_is_never_in_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 120_000  # KiB; the matrix and a standardised one are 320,000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ROUTES)
+def test_a_gpu_finds_the_same(way):
+    w = falling(200, 300)
+    stack = Stack(w.split(30)).near("cuda")
+    known = moments(stack, device="cuda")
+    z = Standardised(stack, known.mean, known.std, device="cuda")
+    got = principal_components(z, known.n, 40, way=way)
+    want = pca(w, 40, way="gram")
+    assert_close("explained", got.explained, want.explained, 1e-4)
+    assert largest_angle(want.basis[:, :20].contiguous(), got.basis.cpu()) < 0.01

@@ -73,6 +73,16 @@ class Stack:
                 found.append(shard[mine, columns] if at is None else shard[:, columns][at[mine]])
         return torch.cat(found) if len(found) > 1 else found[0]
 
+    def near(self, device: torch.device | str) -> Stack:
+        """Itself, or its copy in a GPU's memory, where that takes half of what is free at most."""
+        device = torch.device(device)
+        if device.type != "cuda" or 8 * len(self) * self.d > torch.cuda.mem_get_info(device)[0]:
+            return self
+        w = torch.empty(len(self), self.d, device=device)
+        for start, stop in self.spans():
+            w[start:stop] = self.rows(start, stop)
+        return Stack([w])
+
     def spans(self) -> list[tuple[int, int]]:
         """The blocks of rows to go through it by."""
         return _blocks(len(self), self.d)
@@ -284,8 +294,8 @@ def _top(square: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """TF32 on a GPU: factors of 11 bits, sums of 24. It turns what is wanted by its rounding, as
-    noise in the weights would, and not for long: Rayleigh-Ritz is done in full float32."""
+    """TF32 on a GPU, for the passes: factors of 11 bits, sums in float32. Their rounding turns the
+    components as noise of a two-thousandth in the numbers would; Rayleigh-Ritz is in float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
     try:

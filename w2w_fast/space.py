@@ -307,8 +307,8 @@ class WeightSpace:
         for part in shards:
             if part.ndim != 2 or part.shape[1] != layout.size or not part.is_floating_point():
                 raise InputError(f"w: wanted floats [n, {layout.size}], got {list(part.shape)}")
-        stack, start = Stack(shards), Start(layout, device)
-        check_components(components, len(stack))
+        check_components(components, sum(map(len, shards)))
+        stack, start = Stack(shards).near(device), Start(layout, device)
         known = moments(stack, names, start.add, device)
         pca = principal_components(
             Standardised(stack, known.mean, known.std, device=device), known.n, components,

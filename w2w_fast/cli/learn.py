@@ -20,13 +20,13 @@ def fit(
         typer.Option(
             metavar="M|auto",
             help="Kept components. auto: the fewest that read, or without labels complete, people "
-            "left out as well as any number. [default: 100, or those of --add]",
+            "left out as well as any number. Default: 100, or those of --add.",
         ),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="CSV or Parquet: a column name, and one an attribute. [default: the population's]"
+            help="CSV or Parquet: a column name, and one an attribute. Default: the population's."
         ),
     ] = None,
     method: Annotated[
@@ -54,7 +54,7 @@ def fit(
     ] = 8,
     oversample: Annotated[
         int | None,
-        typer.Option(min=0, help="subspace: columns more than M. [default: M / 4, 32 at least]"),
+        typer.Option(min=0, help="subspace: columns more than M. Default: M / 4, 32 at least."),
     ] = None,
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,

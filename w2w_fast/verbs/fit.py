@@ -125,7 +125,7 @@ def add(
         warnings.warn("the people added have no labels: directions are left out", stacklevel=2)
     m = space.m if components is None else components
 
-    stack, start = Stack(people.shards), Start(people.layout, device)
+    stack, start = Stack(people.shards).near(device), Start(people.layout, device)
     new = moments(stack, people.names, start.add, device)
     old = _Old(space, device)
     known = old.moments + new
@@ -165,9 +165,9 @@ def angle_to_refit(
     """
     opened = [open_population(folder) for folder in populations]
     shards = [shard for people in opened for shard in people.shards]
-    if any(people.layout != space.layout for people in opened):
-        raise InputError("refit: a population of another layout than the space's")
-    stack = Stack(shards)
+    if space.quantized or any(people.layout != space.layout for people in opened):
+        raise InputError("refit: wanted populations of the space's layout, and a basis of floats")
+    stack = Stack(shards).near(device)
     known = moments(stack, device=device)
     again = principal_components(
         Standardised(stack, known.mean, known.std, device=device), known.n, space.m
