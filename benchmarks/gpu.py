@@ -7,7 +7,7 @@ tools (scikit-build-core, pybind11, cmake, ninja); no network. `build` installs 
 place into this Python (where that is the system's own, set PIP_BREAK_SYSTEM_PACKAGES=1, or use an
 environment). Without git, name the checkout's commit in W2W_COMMIT. A stage that fails does not
 stop the next. Copy FOLDER's benchmarks-*.json to benchmarks/results and run report.py to put the
-figures into docs/benchmarks.md; populate.json and fit.json likewise, as cuda-*.json.
+figures into docs/benchmarks.md; populate.json likewise, as cuda-populate.json.
 """
 
 from __future__ import annotations
@@ -151,21 +151,16 @@ def bench(session: Session) -> Stage:
 
 
 def verbs(session: Session) -> Stage:
-    """The benchmarks of whole verbs, which are scripts of their own."""
-    stage: Stage = {"ok": True, "files": []}
-    says = []
-    for name in ("populate", "fit"):
-        out = session.out / f"{name}.json"
-        script = str(ROOT / "benchmarks" / f"{name}.py")
-        status, text = session.run(
-            [sys.executable, script, "--device", "cuda", "--out", str(out)], "verbs.log", 1800
-        )
-        stage["ok"] = stage["ok"] and status == 0
-        if out.is_file():
-            stage["files"].append(out.name)
-        says.append(f"{name}: exit {status}" + (f" ({_last(text)})" if status else ""))
-    stage["say"] = ", ".join(says)
-    return stage
+    """The benchmark of `populate`, which is a script of its own."""
+    out = session.out / "populate.json"
+    status, text = session.run(
+        [
+            sys.executable, str(ROOT / "benchmarks" / "populate.py"), "--device", "cuda",
+            "--out", str(out),
+        ],
+        "verbs.log", 1800,
+    )  # fmt: skip
+    return {"ok": status == 0 and out.is_file(), "say": _last(text), "files": [out.name]}
 
 
 def _last(text: str) -> str:
