@@ -24,15 +24,15 @@ OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # The last three are leaves: nobody above may need them.
 LAYERS = [
     {"errors"},
-    {"files", "labels", "linear", "sharing", "testing"},
-    {"layout"},
+    {"files", "labels", "linear", "testing"},
+    {"layout", "sharing"},
     {"canonical", "population"},
     {"kernels"},  # Triton, at the top of the repository
     {"ops"},
     {"space"},
     {"attach"},
     {"coefficients", "denoise", "pictures"},
-    {"formats", "sources"},
+    {"formats", "gallery", "sources"},
     {"encoding"},
     {"training"},
     {"memory"},
