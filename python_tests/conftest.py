@@ -1,12 +1,20 @@
-"""Fixtures shared by all tests: small and large random diffusion models, poisoned memory."""
+"""Fixtures shared by all tests: small and large random models, poisoned memory, `w2w`."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tiny_world import SIZE, make_pipe, make_space, photographs, population, write_population
+from typer.testing import CliRunner
+
+import w2w_fast as w2w
+from w2w_fast.cli import app
+from w2w_fast.files import write_tensors
 
 TINY_UNET = {
     "sample_size": 8,
@@ -108,3 +116,70 @@ def poisoned(monkeypatch):
         (torch.Tensor, "new_empty"),
     ]:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A base, a space that names it, a population, photos, people and files that are none."""
+    root = tmp_path_factory.mktemp("world")
+    pipe = make_pipe(root / "tokenizer")
+    pipe.save_pretrained(root / "base")
+    layout = w2w.Layout.discover(pipe.unet, alpha=8.0)
+    meta = {
+        "base": str(root / "base"),
+        "prompt": "sks person",
+        "generate": {"steps": 2, "guidance": 2.0, "identity_guidance": True},
+        "invert": {"steps": 3, "prior": 0.1},
+    }
+    space = make_space(layout, meta)
+    space.save(root / "space")
+    make_space(layout).save(root / "homeless")  # does not say which base
+    space.cut(3).save(root / "narrow")
+    make_space(layout, {**meta, "invert": {"steps": "many"}}).save(root / "odd")
+    write_population(root / "population", population(layout), layout)
+    w2w.write_coefficients(root / "people.safetensors", w2w.sample(space, 3, seed=1))
+    w2w.write_coefficients(root / "narrow.safetensors", torch.zeros(2, 3))
+    w2w.export(space, space.mu, root / "lora.safetensors")
+    write_tensors(root / "nan.safetensors", {"coefficients": torch.full((1, 6), torch.nan)})
+    for i, photo in enumerate(photographs(4)):
+        folder = root / "photos" / f"person-{i // 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    (root / "nobody").mkdir()
+    Image.new("L", (SIZE, SIZE), 255).save(root / "mask.png")
+    Image.new("L", (SIZE, SIZE), 0).save(root / "black.png")
+    (root / "text.txt").write_text("sks person, at the beach\n\nsks person, at night\n")
+    (root / "long.txt").write_text("x" * 10_001)
+    (root / "huge.txt").write_text("x" * 10_000_000)
+    (root / "latin.txt").write_bytes("M\xfcller".encode("latin-1"))
+    (root / "empty.txt").write_text("\n")
+    (root / "junk.safetensors").write_bytes(b"not safetensors at all")
+    (root / "pickle.pt").write_bytes(b"\x80\x04N.")
+    (root / "labels.csv").write_text(
+        "name,hat\n" + "".join(f"person-{i:02d},{i % 2}\n" for i in range(12))
+    )
+    (root / "few.csv").write_text("name,hat\nperson-00,1\n")
+    broken = root / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return root
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Run `w2w` in an empty folder, `{}` in the arguments being the world."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("W2W_HOME", str(tmp_path / "no-home"))
+
+    def run(line: str, code: int = 0):
+        arguments = [part.replace("{}", str(world)).replace("~", " ") for part in line.split()]
+        result = CliRunner().invoke(app, arguments)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return run

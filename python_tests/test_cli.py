@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import os
 import re
 import subprocess
@@ -12,87 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from tiny_world import SIZE, make_pipe, make_space, photographs, population, write_population
-from typer.testing import CliRunner
+from tiny_world import make_pipe, photographs, tree
 
 import w2w_fast as w2w
-from w2w_fast.cli import app
-from w2w_fast.files import write_tensors
 
 COMMANDS = (
     "populate", "fit", "sample", "edit", "invert", "generate", "export", "import",
     "import-published", "info", "doctor", "demo", "bench", "quantize", "collect",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    """A base, a space that names it, a population, photos, people and files that are none."""
-    root = tmp_path_factory.mktemp("world")
-    pipe = make_pipe(root / "tokenizer")
-    pipe.save_pretrained(root / "base")
-    layout = w2w.Layout.discover(pipe.unet, alpha=8.0)
-    meta = {
-        "base": str(root / "base"),
-        "prompt": "sks person",
-        "generate": {"steps": 2, "guidance": 2.0, "identity_guidance": True},
-        "invert": {"steps": 3, "prior": 0.1},
-    }
-    space = make_space(layout, meta)
-    space.save(root / "space")
-    make_space(layout).save(root / "homeless")  # does not say which base
-    space.cut(3).save(root / "narrow")
-    make_space(layout, {**meta, "invert": {"steps": "many"}}).save(root / "odd")
-    write_population(root / "population", population(layout), layout)
-    w2w.write_coefficients(root / "people.safetensors", w2w.sample(space, 3, seed=1))
-    w2w.write_coefficients(root / "narrow.safetensors", torch.zeros(2, 3))
-    w2w.export(space, space.mu, root / "lora.safetensors")
-    write_tensors(root / "nan.safetensors", {"coefficients": torch.full((1, 6), torch.nan)})
-    for i, photo in enumerate(photographs(4)):
-        folder = root / "photos" / f"person-{i // 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    (root / "nobody").mkdir()
-    Image.new("L", (SIZE, SIZE), 255).save(root / "mask.png")
-    Image.new("L", (SIZE, SIZE), 0).save(root / "black.png")
-    (root / "text.txt").write_text("sks person, at the beach\n\nsks person, at night\n")
-    (root / "long.txt").write_text("x" * 10_001)
-    (root / "huge.txt").write_text("x" * 10_000_000)
-    (root / "latin.txt").write_bytes("M\xfcller".encode("latin-1"))
-    (root / "empty.txt").write_text("\n")
-    (root / "junk.safetensors").write_bytes(b"not safetensors at all")
-    (root / "pickle.pt").write_bytes(b"\x80\x04N.")
-    (root / "labels.csv").write_text(
-        "name,hat\n" + "".join(f"person-{i:02d},{i % 2}\n" for i in range(12))
-    )
-    (root / "few.csv").write_text("name,hat\nperson-00,1\n")
-    broken = root / "broken"
-    broken.mkdir()
-    (broken / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    return root
-
-
-@pytest.fixture
-def run(world, tmp_path, monkeypatch):
-    """Run `w2w` in an empty folder, `{}` in the arguments being the world."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("W2W_HOME", str(tmp_path / "no-home"))
-
-    def run(line: str, code: int = 0):
-        arguments = [part.replace("{}", str(world)).replace("~", " ") for part in line.split()]
-        result = CliRunner().invoke(app, arguments)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return run
-
-
-def tree(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -167,8 +92,15 @@ BAD = [
     "generate {}/space --sample 2 --before {}/people.safetensors --start 500",
     "generate {}/space --identities {}/narrow.safetensors",
     "generate {}/space --sample 1 --out {}/photos",
-    "generate {}/space --sample 1 --out {}/photos --overwrite",
     "generate {}/space --sample 1 --out {}/text.txt",
+    "generate {}/space --sample 1 --out {}/text.txt/images",
+    "generate {}/space --sample 1 --edits wings=1",
+    "generate {}/space --sample 1 --edits beard",
+    "generate {}/space --sample 1 --edits hold=age",
+    "generate {}/space --sample 1 --format gif",
+    "generate {}/space --sample 1 --workers 2",
+    "generate {}/space --resume",
+    "generate {}/space --resume --out {}/photos",
     "generate {}/homeless --sample 1",
     # populate
     "populate {}/photos",
@@ -378,51 +310,6 @@ def test_invert(run, world):
     run("invert {}/space {}/photos/person-0 --paper --steps 1 --out paper.safetensors")
     moved = w2w.read_coefficients("paper.safetensors") - space.mu
     assert torch.allclose(moved.abs(), torch.full_like(moved, 0.1), atol=1e-3)
-
-
-def test_generate(run, world):
-    line = "generate {}/space --identities {}/people.safetensors --prompts {}/text.txt --seed 7"
-    assert "6 images of 3 people" in run(line + " --batch 4").stdout
-    with open("images/images.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["row"] for row in rows] == list("001122")
-    assert [int(row["seed"]) for row in rows] == list(range(7, 13))
-    assert rows[1]["prompt"] == "sks person, at night" and rows[1]["steps"] == "2"
-    assert (rows[1]["guidance"], rows[1]["scheduler"]) == ("2.0", "DDIMScheduler")
-    for row in rows:
-        image = Image.open(Path("images", row["file"]))
-        assert image.size == (SIZE, SIZE)
-        assert {k: v for k, v in row.items() if k != "file"} == image.text
-    # Image 3 again, alone: its row, prompt and seed are all in the file.
-    people = w2w.read_coefficients("images/coefficients.safetensors")
-    w2w.write_coefficients("one.safetensors", people[1:2])
-    row = rows[3]
-    prompt = row["prompt"].replace(" ", "~")
-    run(
-        "generate {}/space --identities one.safetensors --out again "
-        f"--prompts {prompt} --seed {row['seed']}"
-    )
-    pixels = [
-        torch.tensor(list(Image.open(path).convert("RGB").tobytes()))
-        for path in (Path("images", row["file"]), "again/image-00000.png")
-    ]
-    assert (pixels[0] - pixels[1]).abs().max() <= 1
-    assert Image.open("images/contact-sheet.png").size[0] > 128
-    run(line, code=2)
-    run(line + " --overwrite --per-identity 1 --scheduler DPMSolverMultistepScheduler")
-    assert len(list(Path("images").glob("image-*.png"))) == 3
-
-
-def test_generate_delayed(run):
-    run("edit {}/space {}/people.safetensors --set beard=5 --out edited.safetensors")
-    line = "generate {}/space --identities edited.safetensors --steps 3 --out "
-    run(line + "after")
-    run(line + "early --before {}/people.safetensors --start 1000")
-    run(line + "late --before {}/people.safetensors --start 0")
-    after, early, late = (
-        Image.open(f"{name}/image-00000.png").tobytes() for name in ("after", "early", "late")
-    )
-    assert after == early != late
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])

@@ -1,4 +1,4 @@
-"""`w2w populate --ray`: two workers on one folder, one of them killed in the middle."""
+"""`--ray`: two workers on one folder, of populate with one of them killed, and of generate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_world import make_pipe, photographs
+from tiny_world import make_pipe, photographs, tree
 
 from w2w_fast.cli.populate import job, on_ray
 
@@ -42,7 +42,7 @@ def workers() -> list[int]:
     found = []
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"ray::Worker.populate" in line.read_bytes():
+            if b"ray::Worker.work" in line.read_bytes():
                 found.append(int(line.parent.name))
         except OSError:
             continue
@@ -53,7 +53,7 @@ def workers() -> list[int]:
 def test_a_killed_worker_loses_nothing(call, tmp_path):
     out = call["out"]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(on_ray, "local", 2, out, call)
+        running = pool.submit(on_ray, "local", 2, call)
         end = time.monotonic() + 120
         while len(list(out.glob(".state-*.safetensors"))) < 2:  # both are in the middle of a shard
             assert time.monotonic() < end and not running.done(), running
@@ -64,5 +64,13 @@ def test_a_killed_worker_loses_nothing(call, tmp_path):
         made = running.result(300)
     assert len(made) == 6
     alone = job(**{**call, "out": tmp_path / "alone"}, progress=False)
-    files = {path.name: path.read_bytes() for path in alone.folder.iterdir()}
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert tree(out) == tree(alone.folder)
+
+
+def test_generate_by_two_workers(run, tmp_path):
+    line = "generate {}/space --sample 6 --per-identity 2 --batch 2 --out "
+    assert "12 images of 6 people" in run(line + "spread --ray local --workers 2").stdout
+    run(line + "alone")
+    assert tree(tmp_path / "spread") == tree(tmp_path / "alone")
+    run("generate {}/space --resume --out spread --ray local --workers 2")
+    run(line + "spread --seed 1 --ray local --workers 1", code=2)

@@ -24,8 +24,8 @@ OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # The last three are leaves: nobody above may need them.
 LAYERS = [
     {"errors"},
-    {"files", "labels", "linear", "ranks", "sharing", "testing"},
-    {"layout"},
+    {"files", "labels", "linear", "ranks", "testing"},
+    {"layout", "sharing"},
     {"canonical", "population"},
     {"kernels"},  # Triton, at the top of the repository
     {"ops"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"space"},
     {"attach"},
     {"coefficients", "denoise", "pictures"},
-    {"formats", "sources"},
+    {"formats", "gallery", "sources"},
     {"encoding"},
     {"training"},
     {"memory"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,12 @@ def as_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), dtype=np.int16)
 
 
+def distance(a, b) -> int:
+    """The greatest difference of two lists of images, in 1/255."""
+    assert len(a) == len(b)
+    return max(int(np.abs(as_array(x) - as_array(y)).max()) for x, y in zip(a, b, strict=True))
+
+
 def population(layout: Layout, n: int = 12, seed: int = 5) -> torch.Tensor:
     """w [n, d]: people around one adapter."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,3 +129,9 @@ def write_population(
     ]
     finish(folder, len(parts), people)
     return names
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of every file below."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .verbs.edit import edit
     from .verbs.fit import fit
     from .verbs.generate import generate
+    from .verbs.generate_to import generate_to
     from .verbs.invert import invert
     from .verbs.populate import populate
     from .verbs.sample import sample
@@ -39,6 +40,7 @@ _HOME = {
     "export": "formats",
     "fit": "verbs.fit",
     "generate": "verbs.generate",
+    "generate_to": "verbs.generate_to",
     "import_published": "formats",
     "invert": "verbs.invert",
     "populate": "verbs.populate",
@@ -60,6 +62,7 @@ __all__ = [
     "export",
     "fit",
     "generate",
+    "generate_to",
     "import_published",
     "invert",
     "populate",

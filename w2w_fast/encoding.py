@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,10 +96,11 @@ class Encoder:
         return tensor
 
 
-def fingerprint(model: nn.Module) -> str:
-    """The sha256 of a model's weights and their names, in hex."""
+def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """The sha256 of tensors, a model's weights or others, and of their names, in hex."""
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(memoryview(data.view(torch.uint8).numpy()))

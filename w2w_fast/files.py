@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -363,22 +363,22 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: str | os.PathLike) -> None:
-    """Write manifest.json: each file below ``folder`` with its sha256 and size.
+def write_manifest(folder: str | os.PathLike, files: Iterable[Path] | None = None) -> None:
+    """Write manifest.json: each file below ``folder``, or each of ``files``, its sha256 and size.
 
     Names that start with a dot are left out: temporaries, and the locks of work going on.
     """
     folder = Path(folder)
-    files = sorted(
+    found = sorted(
         p
-        for p in folder.rglob("*")
+        for p in (folder.rglob("*") if files is None else files)
         if p.is_file() and p != folder / MANIFEST and not p.name.startswith(".")
     )
     write_json(
         folder / MANIFEST,
         {
             p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-            for p in files
+            for p in found
         },
     )
 

@@ -1,8 +1,8 @@
-"""Pictures on disk: PNGs that say how they were made, contact sheets, a space's spectrum."""
+"""Pictures as files: PNGs that say how they were made, strips, contact sheets, a space's spectrum."""
 
 from __future__ import annotations
 
-import csv
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -40,24 +40,36 @@ def contact_sheet(
     return sheet
 
 
-def save_pictures(
-    folder: Path, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]
-) -> None:
-    """image-00000.png ... with their record in the PNG's text, images.csv, contact-sheet.png."""
-    table = []
-    for i, (image, record) in enumerate(zip(images, records, strict=True)):
-        name = f"image-{i:05d}.png"
+def encode(image: Image.Image, format: str, record: Mapping[str, Any]) -> bytes:
+    """The file of a picture: "png" with its record as text, or "webp" or "jpeg" of quality 95."""
+    file = io.BytesIO()
+    if format == "png":
         info = PngInfo()
         for key, value in record.items():
-            info.add_itxt(key, str(value))
-        image.save(folder / name, pnginfo=info)
-        table.append({"file": name, **record})
-    with (folder / "images.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    # A sheet is for looking at: of very many pictures the first 256.
-    contact_sheet(images[:256]).save(folder / "contact-sheet.png")
+            if value not in (None, ""):
+                info.add_itxt(key, str(value))
+        image.save(file, "PNG", pnginfo=info)
+    else:
+        image.convert("RGB").save(file, format.upper(), quality=95)
+    return file.getvalue()
+
+
+def strip(images: Sequence[Image.Image], most: int = 128) -> Image.Image:
+    """All images beside one another, each made smaller until no side is longer than `most`."""
+    width, height = images[0].size
+    scale = min(1.0, most / max(width, height))
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    row = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        row.paste(small, (i * width, 0))
+    return row
+
+
+def cut(row: Image.Image, count: int) -> list[Image.Image]:
+    """The images of a strip of so many."""
+    width = row.width // count
+    return [row.crop((i * width, 0, (i + 1) * width, row.height)) for i in range(count)]
 
 
 def scree(path: Path, explained: Sequence[float]) -> None:

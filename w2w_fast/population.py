@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import sharing
 from .errors import InputError
 from .files import (
     atomic_path,
     check_manifest,
-    read_json,
     read_tensors,
     write_json,
     write_manifest,
@@ -108,24 +108,8 @@ def begin(folder: str | Path, layout: Layout, job: Mapping[str, Any]) -> Path:
     job: JSON that says how it is made. InputError, naming what differs, for another one.
     """
     folder = Path(folder)
-    wanted = {"format": FORMAT, "version": VERSION, "layout": layout.to_json(), "job": dict(job)}
-    if not (folder / RECORD).exists():
-        here = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-        if any(not path.name.startswith(".") for path in here):
-            raise InputError(f"{folder}: not empty and not a population; give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECORD, wanted | {"finished": False})
-        return folder
-    old = read_record(folder)
-    mine, other = json.loads(json.dumps(wanted["job"])), old.get("job", {})
-    different = sorted(key for key in mine | other if mine.get(key) != other.get(key))
-    if old.get("layout") != json.loads(json.dumps(wanted["layout"])):
-        different.append("layout")
-    if different:
-        raise InputError(
-            f"{folder}: holds a population made with another {', '.join(different)}; "
-            "give another folder, or the same settings to go on"
-        )
+    record = {"format": FORMAT, "version": VERSION, "layout": layout.to_json(), "job": dict(job)}
+    sharing.begin(folder / RECORD, record | {"finished": False}, "population")
     return folder
 
 
@@ -176,14 +160,7 @@ def blocks(shards: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """population.json, of a finished population or one in the making."""
-    record = read_json(folder / RECORD)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InputError(f"{folder / RECORD}: not the record of a population")
-    if record.get("version") != VERSION:
-        raise InputError(
-            f"{folder / RECORD}: version {record.get('version')!r}, this w2w_fast reads {VERSION}"
-        )
-    return record
+    return sharing.read_record(folder / RECORD, FORMAT, VERSION, "population")
 
 
 def _people(path: Path) -> Table:

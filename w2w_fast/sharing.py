@@ -1,4 +1,4 @@
-"""Work on a folder that several processes share: who holds a piece's lock does it.
+"""Work on a folder that several processes share: a record of the job, and who holds a piece's lock.
 
 Locks are the operating system's: those of a killed process are free at once, and the next one
 takes over. On a network's file system that needs one whose locks work (NFS 4 and later).
@@ -6,12 +6,56 @@ takes over. On a network's file system that needs one whose locks work (NFS 4 an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+from .files import read_json, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+
+def begin(path: Path, record: Mapping[str, Any], kind: str) -> None:
+    """Start a job's folder by writing its record, or take up one with the same record.
+
+    path: <kind>.json in that folder. record: JSON, {"format", "version", "job": {...}, ...}.
+    InputError, naming what differs, for another job, and for a folder that holds other things.
+    """
+    folder = path.parent
+    if not path.exists():
+        here = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+        if any(not other.name.startswith(".") for other in here):
+            raise InputError(f"{folder}: not empty and not a {kind}; give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        return
+    old = read_record(path, record["format"], record["version"], kind)
+    new = json.loads(json.dumps(record))  # tuples are lists in the old one
+    mine, other = ({**r, **r.get("job", {})} for r in (new, old))
+    names = (record.keys() | new["job"].keys() | old.get("job", {}).keys()) - {"job", "finished"}
+    different = sorted(name for name in names if mine.get(name) != other.get(name))
+    if different:
+        raise InputError(
+            f"{folder}: holds a {kind} made with another {', '.join(different)}; "
+            "give another folder, or the same settings to go on"
+        )
+
+
+def read_record(path: Path, format: str, version: int, kind: str) -> dict[str, Any]:
+    """The record of a job, finished or not; InputError for anything else."""
+    record = read_json(path)
+    fits = isinstance(record, dict) and isinstance(record.get("job", {}), dict)
+    if not fits or record.get("format") != format:
+        raise InputError(f"{path}: not the record of a {kind}")
+    if record.get("version") != version:
+        raise InputError(
+            f"{path}: version {record.get('version')!r}, this w2w_fast reads {version}"
+        )
+    return record
 
 
 def locked(folder: Path, name: str) -> BaseFileLock:
@@ -22,17 +66,13 @@ def locked(folder: Path, name: str) -> BaseFileLock:
 
 
 def share(
-    folder: Path,
-    pieces: int,
-    work: Callable[[int], None],
-    *,
-    done: Callable[[int], bool],
-    seen: Callable[[int], None],
-) -> None:
-    """Do every piece that nobody else does; return when all are done.
+    folder: Path, pieces: int, *, done: Callable[[int], bool], seen: Callable[[int], None]
+) -> Iterator[tuple[int, AbstractContextManager]]:
+    """(i, its lock, held) of every piece that nobody else does; ends when all others are done.
 
-    work(i) does piece i, after which done(i) is true; seen(i) is told of those that are done by
-    others or were before. First what is free, then what others hold, as they finish or die.
+    Who is given a piece does it and leaves the lock, in any thread: by then done(i) is true.
+    seen(i) is told of those that others have done, or that were done before. First what is free
+    is given out, then what others hold, as they finish or die.
     """
     from filelock import Timeout
 
@@ -43,9 +83,9 @@ def share(
                 held = locked(folder, f"piece-{i:05d}").acquire(timeout=wait)
             except Timeout:
                 continue
-            with held:
-                if done(i):
-                    seen(i)
-                else:
-                    work(i)
             left.remove(i)
+            if done(i):
+                with held:
+                    seen(i)
+            else:
+                yield i, held

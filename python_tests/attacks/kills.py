@@ -1,17 +1,21 @@
-"""kill -9 at random moments of populate and fit: nothing lost, nothing twice, the same bytes.
+"""kill -9 at random moments of populate, fit and generate: nothing lost, nothing twice, same bytes.
 
     python python_tests/attacks/kills.py --kills 200 --out python_tests/attacks/results/kills.json
+    python python_tests/attacks/kills.py --people 1000 --kills 20 \\
+        --out python_tests/attacks/results/kills-generate.json
 
 A tiny job is done once undisturbed. Then it is started again and again in processes that are
 killed after a random time; after every kill what is on disk must be as the undisturbed job wrote
 it, and once a process comes to its end, every file must be. A process is a fork of this one, which
 has the model in memory already: most of its life is then work, and most kills hit it.
+
+With --people it is instead one job of generate on the world that ships, killed so many times on
+its way: that many sampled people, an image of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -28,9 +32,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_world import make_pipe, photographs  # noqa: E402
+from tiny_world import make_pipe, make_space, photographs, tree  # noqa: E402
 
-from w2w_fast import Layout, fit, populate  # noqa: E402
+from w2w_fast import Layout, demo, fit, generate_to, populate, sample  # noqa: E402
 from w2w_fast.sources import Subject  # noqa: E402
 from w2w_fast.training import Recipe  # noqa: E402
 
@@ -46,10 +50,12 @@ class Log:
     kills: int = 0
     jobs: int = 0  # that came to their end
     lost: int = 0  # files that an earlier process had written whole, gone or changed
-    repeated: int = 0  # shards that were written twice
+    repeated: int = 0  # shards, or images of pieces marked as done, that were written twice
     different: int = 0  # files that are not as the undisturbed job wrote them
     stale: int = 0  # files beside those
     names: list[str] = field(default_factory=list)  # of all these
+    files: int = 0  # that the undisturbed job wrote
+    usual: float = 0.0  # seconds that it took
     seconds: float = 0.0
     alive: list[float] = field(default_factory=list)  # seconds that each killed process had
 
@@ -58,17 +64,20 @@ class Log:
         return not (self.lost or self.repeated or self.different or self.stale)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of every file below."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def committed(folder: Path) -> list[str]:
+    """The files that no later process may write again: shards, and images of marked pieces."""
+    names = [path.name for path in folder.glob("shard-*")]
+    return names + [n for mark in folder.glob(".done-*") for n in json.loads(mark.read_text())]
 
 
-def campaign(job: str, work: Callable[[Path], object], root: Path, kills: int, seed: int) -> Log:
-    """Kill `work`, which makes a folder, so many times; what it leaves is the log."""
+def campaign(
+    job: str, work: Callable[[Path], object], root: Path, kills: int, seed: int,
+    longest: float = 1.1,
+) -> Log:  # fmt: skip
+    """Kill `work`, which makes a folder, so many times; what it leaves is the log.
+
+    longest: that a process lives before it is killed, in times of the undisturbed job.
+    """
     chance, log, began = random.Random(seed), Log(job, seed), time.monotonic()
 
     def note(found: Iterable[str]) -> int:
@@ -79,19 +88,22 @@ def campaign(job: str, work: Callable[[Path], object], root: Path, kills: int, s
     start = time.monotonic()
     _fork(work, root / "whole", None)
     usual = time.monotonic() - start
-    want = hashes(root / "whole")
+    want = tree(root / "whole")
+    log.files, log.usual = len(want), round(usual, 1)
     while log.kills < kills:
         folder, seen, inodes = root / "job", {}, {}
         while True:
-            after = chance.uniform(0.0, 1.1 * usual) if log.kills < kills else None
+            after = chance.uniform(0.0, longest * usual) if log.kills < kills else None
             ended = _fork(work, folder, after)
-            now = hashes(folder) if folder.exists() else {}
+            now = tree(folder) if folder.exists() else {}
             # Names with a dot in front are of work that is going on.
-            whole = {n: h for n, h in now.items() if not n.startswith(".")}
-            shards = {n: (folder / n).stat().st_ino for n in whole if n.startswith("shard")}
+            whole = {n: h for n, h in now.items() if "/." not in f"/{n}"}
             log.lost += note(n for n, h in seen.items() if whole.get(n) != h)
-            log.repeated += note(n for n, inode in shards.items() if inodes.get(n, inode) != inode)
-            inodes |= shards
+            log.repeated += note(
+                n for n, i in inodes.items() if n in now and (folder / n).stat().st_ino != i
+            )
+            here = [n for n in [*inodes, *committed(folder)] if n in now]
+            inodes = {n: (folder / n).stat().st_ino for n in here}
             # The record and the manifest change as the job ends; all else is written once.
             seen = {n: h for n, h in whole.items() if not n.endswith(".json")}
             log.different += note(n for n, h in seen.items() if want.get(n) != h)
@@ -131,7 +143,7 @@ def _fork(work: Callable[[Path], object], folder: Path, after: float | None) -> 
 
 
 def jobs(root: Path, prior: float = 0.0) -> dict[str, Callable[[Path], object]]:
-    """The two jobs, on the tiny world; everything they share is made in `root`.
+    """The three jobs, on the tiny world; everything they share is made in `root`.
 
     With a prior the pictures of the class are made first, which takes longer than all the rest.
     """
@@ -153,13 +165,29 @@ def jobs(root: Path, prior: float = 0.0) -> dict[str, Callable[[Path], object]]:
     def fitting(folder: Path) -> None:
         fit(root / "population", 3).save(folder, overwrite=True)
 
+    space = make_space(layout)
+    people = sample(space, PEOPLE)
+
+    def generating(folder: Path) -> None:
+        generate_to(space, pipe, people, folder, per_identity=3, steps=3, batch=4, progress=False)
+
     populating(root / "population")
-    return {"populate": populating, "fit": fitting}
+    return {"populate": populating, "fit": fitting, "generate": generating}
+
+
+def long_job(people: int) -> Callable[[Path], object]:
+    """An image of each of so many people, by the world that ships."""
+    space, pipe = demo.space(), demo.pipeline()
+    sampled = sample(space, people)
+    return lambda folder: generate_to(
+        space, pipe, sampled, folder, steps=4, identity_guidance=True, batch=16, progress=False
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="of each job")
+    parser.add_argument("--people", type=int, help="one long job of generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the log, JSON")
     args = parser.parse_args()
@@ -167,9 +195,12 @@ def main() -> int:
     logs = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for job, work in jobs(root, prior=1.0).items():
+        long = args.people is not None
+        todo = {"generate": long_job(args.people)} if long else jobs(root, prior=1.0)
+        for job, work in todo.items():
             (root / job).mkdir()
-            logs.append(campaign(job, work, root / job, args.kills, args.seed))
+            longest = 2 / args.kills if long else 1.1  # one job holds all the kills
+            logs.append(campaign(job, work, root / job, args.kills, args.seed, longest))
             log = asdict(logs[-1])
             print({name: value for name, value in log.items() if name != "alive"})
     if args.out is not None:

@@ -7,7 +7,7 @@ import torch
 from attacks import kills
 
 
-@pytest.mark.parametrize("job", ["populate", "fit"])
+@pytest.mark.parametrize("job", ["populate", "fit", "generate"])
 def test_killed_at_random_moments(tmp_path, job):
     if torch.get_num_threads() > 1:
         pytest.skip("forks need torch without threads: run with -n2")

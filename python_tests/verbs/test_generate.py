@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tiny_world import SIZE, as_array
+from tiny_world import SIZE, distance
 
 from w2w_fast import InputError, attach, edit, generate, sample
 from w2w_fast.verbs.generate import named_scheduler
@@ -17,12 +16,6 @@ OPTIONS = {"steps": 4, "guidance": 2.0, "progress": False}
 @pytest.fixture
 def people(space):
     return sample(space, 3, seed=2, factor=2.0)
-
-
-def distance(a, b) -> int:
-    """The greatest difference of two lists of images, in 1/255."""
-    assert len(a) == len(b)
-    return max(int(np.abs(as_array(x) - as_array(y)).max()) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("identity_guidance", [False, True])

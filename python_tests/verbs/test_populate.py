@@ -89,7 +89,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(pipe, layout, tmp_path, monkeypa
     assert len(again) == 8 - tick  # the state is written after every step here
 
 
-@pytest.mark.parametrize("at", ["write_shard", "finish"])
+@pytest.mark.parametrize("at", ["write_shard", "finish", "write_manifest"])
 def test_killed_between_the_files(pipe, layout, tmp_path, monkeypatch, whole, at):
     subjects, _, want = whole
 

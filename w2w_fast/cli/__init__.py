@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import collect, learn, look, populate
+from . import collect, generate, learn, look, populate
 from . import options as opt
 from . import support as shared
-from .support import MOST_IMAGES
 
 app = typer.Typer(
     cls=shared.Group,
@@ -195,105 +194,14 @@ def invert(
     typer.echo(f"{out}: {len(found)} people from {len(pictures)} photos")
 
 
-@command(
+command(
     "generate",
     USE,
     'w2w generate demo --sample 8 --prompts "sks person, at the beach" --out beach',
-    "w2w generate demo --identities older.safetensors --before people.safetensors --start 700",
-    "w2w generate space/ --identities me.safetensors --prompts prompts.txt --per-identity 4",
-)
-def generate(
-    space: opt.SpaceArg,
-    identities: Annotated[Path | None, typer.Option(help="A coefficients file.")] = None,
-    sampled: Annotated[
-        int | None,
-        typer.Option("--sample", min=1, max=MOST_IMAGES, help="Or: so many sampled people."),
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(help="A prompt, or a text file with one a line; may be repeated."),
-    ] = None,
-    per_identity: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_IMAGES, help="Images of each. [default: one a prompt]"),
-    ] = None,
-    seed: opt.Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, max=1000)] = None,
-    identity_guidance: Annotated[
-        bool | None,
-        typer.Option("--identity-guidance/--plain-guidance", help="[default: the space's]"),
-    ] = None,
-    strength: Annotated[float, typer.Option(help="Of the adapters.")] = 1.0,
-    before: Annotated[
-        Path | None,
-        typer.Option(help="Delayed edit: who they are while the timestep is above --start."),
-    ] = None,
-    start: Annotated[int | None, typer.Option(min=0, max=1000)] = None,
-    scheduler: Annotated[str | None, typer.Option(help="A diffusers class's name.")] = None,
-    base: opt.OwnBase = None,
-    batch: opt.Batch = 32,
-    dtype: opt.Dtype = "float32",
-    device: opt.Device = None,
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("images"),
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Pictures of many different people in one batch, each with a seed of its own."""
-    shared.new_folder(out, overwrite, "images.csv")
-    texts = None if prompts is None else shared.read_prompts(prompts)
-    if (identities is None) == (sampled is None):
-        raise InputError("wanted either --identities FILE or --sample N")
-    if (before is None) != (start is None):
-        raise InputError("--before and --start: wanted both, or neither")
-    import torch
-
-    from .. import pictures
-    from ..coefficients import read_coefficients, write_coefficients
-    from ..files import atomic_dir
-    from ..verbs.generate import generate as verb
-    from ..verbs.generate import named_scheduler
-    from ..verbs.sample import sample as draw
-
-    opened = shared.open_space(space, device)
-    if sampled is not None:
-        people = draw(opened, sampled, seed=seed)
-    else:
-        people = read_coefficients(identities, opened.m)
-    kinds = {"prompt": str, "steps": int, "guidance": float, "identity_guidance": bool}
-    settings = {"steps": 50, "guidance": 3.0, "identity_guidance": False}
-    settings |= shared.defaults(opened, "generate", kinds)
-    texts = texts or [settings.get("prompt", "sks person")]
-    settings.pop("prompt", None)
-    settings |= shared.given(steps=steps, guidance=guidance, identity_guidance=identity_guidance)
-    each = per_identity or len(texts)
-    if len(people) * each > MOST_IMAGES:
-        raise InputError(
-            f"wanted at most {MOST_IMAGES:,} images in one call, "
-            f"got {len(people):,} people x {each:,}"
-        )
-    rows = torch.arange(len(people)).repeat_interleave(each)
-    chosen = [texts[i % each % len(texts)] for i in range(len(rows))]
-    if before is not None:
-        unedited = read_coefficients(before, opened.m)
-        if len(unedited) != len(people):
-            raise InputError(f"--before: {len(unedited)} people, --identities {len(people)}")
-        settings |= {"before": unedited[rows], "start": start}
-    pipe = shared.open_pipeline(base, opened, device, dtype)
-    if scheduler is not None:
-        settings["scheduler"] = named_scheduler(scheduler, pipe)
-    images = verb(
-        opened, pipe, people[rows], chosen, seeds=seed, strength=strength, batch=batch, **settings
-    )
-    used = {k: v for k, v in settings.items() if k not in ("before", "scheduler")}
-    used["scheduler"] = scheduler or type(pipe.scheduler).__name__
-    records = [
-        {"row": int(row), "prompt": text, "seed": seed + i, **used, "strength": strength}
-        for i, (row, text) in enumerate(zip(rows, chosen, strict=True))
-    ]
-    with atomic_dir(out, overwrite=overwrite) as folder:
-        pictures.save_pictures(folder, images, records)
-        write_coefficients(folder / "coefficients.safetensors", people)
-    typer.echo(f"{out}: {len(images)} images of {len(people)} people; see contact-sheet.png")
+    "w2w generate demo --identities people.safetensors --edits beard=+2,hold=age --start 700",
+    "w2w generate space/ --sample 1000 --prompts prompts.txt --per-identity 4 --format tar",
+    "w2w generate space/ --out images --resume",
+)(generate.generate)
 
 
 @command(

@@ -15,6 +15,7 @@ from ..coefficients import FORMAT, read_coefficients
 from ..errors import InputError
 from ..files import read_tensors
 from ..formats import read_adapter
+from ..gallery import open_gallery
 from ..layout import Layout
 from ..ops import _dispatch
 from ..population import open_population
@@ -25,18 +26,20 @@ Lines = Iterator[tuple[str, object]]
 
 
 def describe(name: str) -> Lines:
-    """What is at a path: a space, a population, a file of coefficients or a LoRA."""
+    """What is at a path: a space, a population, a gallery, a file of coefficients or a LoRA."""
     path = Path(name)
     if name == "demo" or (path / "space.json").is_file():
         return _space(name)
     if (path / "population.json").is_file():
         return _population(path)
+    if (path / "gallery.json").is_file():
+        return _gallery(path)
     if path.is_file() and read_tensors(path)[1].get("format") == FORMAT:
         return _coefficients(path)
     if path.is_file() or (path / "adapter_config.json").is_file():
         return _adapter(path)
     if path.is_dir():
-        raise InputError(f"{path}: neither a space, nor a population, nor a PEFT adapter is in it")
+        raise InputError(f"{path}: no space, population, gallery or PEFT adapter is in it")
     return _space(name)  # a space by its name; where there is none the message says where
 
 
@@ -68,6 +71,16 @@ def _population(path: Path) -> Lines:
     for row in aside[:20]:
         yield f"  {row['name']}", row["reason"]
     yield "numbers", f"{len(names)} x {population.layout.size}, {len(shards)} shards"
+
+
+def _gallery(path: Path) -> Lines:
+    gallery = open_gallery(path)
+    job = gallery.job
+    yield "kind", "gallery"
+    yield "images", f"{len(gallery)} of {gallery.table['row'][-1].as_py() + 1} people"
+    yield "files", f"{job['format']}, from {gallery.table['file'][0]}"
+    for name in ("prompts", "edits", "seed", "steps", "guidance", "scheduler", "versions"):
+        yield name, str(job.get(name))[:500]
 
 
 def _coefficients(path: Path) -> Lines:

@@ -12,9 +12,11 @@ from . import support as shared
 
 
 def info(
-    path: Annotated[str, typer.Argument(help="A space, population, coefficients or LoRA.")],
+    path: Annotated[
+        str, typer.Argument(help="A space, population, gallery, coefficients or LoRA.")
+    ],
 ) -> None:
-    """Say what is in a space, a population, a coefficients file or a LoRA."""
+    """Say what is in a space, a population, a gallery, a coefficients file or a LoRA."""
     from .info import describe
 
     for key, value in describe(path):

@@ -37,3 +37,12 @@ Steps = Annotated[int | None, typer.Option(min=1, max=100_000, help="Of the opti
 Adam = Annotated[float | None, typer.Option(help="Adam's learning rate.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16")]
 MaybePrompt = Annotated[str | None, typer.Option(help="[default: the space's, or sks person]")]
+Ray = Annotated[
+    str | None, typer.Option(metavar="local|ADDRESS", help="Spread over a Ray cluster.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="With --ray. [default: one a GPU]")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the settings that OUT was begun with.")
+]

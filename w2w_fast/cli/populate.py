@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from . import cluster
 from . import options as opt
 from . import support as shared
 
@@ -65,15 +66,9 @@ def populate(
     cache: Annotated[
         Path | None, typer.Option(help="Keep encoded photos there, for other runs too.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the settings that OUT was begun with.")
-    ] = False,
-    ray: Annotated[
-        str | None, typer.Option(metavar="local|ADDRESS", help="Spread over a Ray cluster.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="With --ray. [default: one a GPU]")
-    ] = None,
+    resume: opt.Resume = False,
+    ray: opt.Ray = None,
+    workers: opt.Workers = None,
     seed: opt.Seed = 0,
     device: opt.Device = None,
 ) -> None:
@@ -95,15 +90,15 @@ def populate(
             "prompt": prompt,
         }  # fmt: skip
     call = {
-        "photos": photos, "out": out, "base": base, "labels": labels, "cache": cache,
-        "device": device, "settings": settings,
+        "photos": photos, "out": out, "base": shared.anywhere(base), "labels": labels,
+        "cache": cache, "device": device, "settings": settings,
     }  # fmt: skip
     if ray is None:
         if workers is not None:
             raise InputError("--workers: wanted with --ray only")
         made = job(**call)
     else:
-        made = on_ray(ray, workers, out, call)
+        made = on_ray(ray, workers, call)
     lost = made.table.num_rows - len(made)
     note = f"; {lost} set aside, see `w2w info {out}`" if lost else ""
     typer.echo(f"{out}: {len(made)} people, {made.layout.size} numbers each{note}")
@@ -148,53 +143,13 @@ def job(
     )
 
 
-def on_ray(address: str, workers: int | None, out: Path, call: dict[str, Any]) -> Population:
-    """`w2w populate` by actors of a Ray cluster, on a folder that all of them see.
-
-    Each runs the same job, and the folder's locks share it out. Ray restarts an actor that dies
-    and calls it again: it takes up what it had left. address: "local", or the cluster's.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--ray: Ray is not installed: pip install 'w2w_fast[cluster]'") from None
-    from tqdm.auto import tqdm
-
+def on_ray(address: str, workers: int | None, call: dict[str, Any]) -> Population:
+    """The command by workers of a Ray cluster."""
     from ..population import open_population
 
-    ray.init(None if address == "local" else address, include_dashboard=False, log_to_driver=False)
-    try:
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        workers = workers or gpus or 2
-        share = min(1.0, gpus / workers)
-        cpus = 1 if share else max(1, int(resources.get("CPU", 1)) // workers)
-        actor = ray.remote(num_gpus=share, num_cpus=cpus, max_restarts=-1, max_task_retries=-1)(
-            Worker
-        )
-        here = {k: v.resolve() if isinstance(v, Path) else v for k, v in call.items()}
-        team = [actor.remote(cpus) for _ in range(workers)]
-        waiting = [member.populate.remote(here) for member in team]
-        with tqdm(desc=f"populate, {workers} workers", unit="shard") as bar:
-            while waiting:
-                ready, waiting = ray.wait(waiting, timeout=1.0)
-                bar.update(len(list(out.glob("shard-*.safetensors"))) - bar.n)
-                try:
-                    ray.get(ready)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from None
-    finally:
-        ray.shutdown()
+    out = call["out"]
+    cluster.spread(
+        address, workers, job, call, "populate", "shard",
+        lambda: (len(list(out.glob("shard-*.safetensors"))), None),
+    )  # fmt: skip
     return open_population(out)
-
-
-class Worker:
-    """What an actor is: a process that does the job as if it were alone."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-    def populate(self, call: dict[str, Any]) -> None:
-        job(**call, progress=False)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..layout import Layout
     from ..space import WeightSpace
 
-MOST_IMAGES = 10_000
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
 DEMO = ("demo", "w2w_fast demo world")
 
@@ -159,6 +158,12 @@ def _from_folder(name: str, dtype: Any, told: bool) -> Any:
     except Exception as error:  # a damaged folder makes the loaders raise many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"--base: {name}: diffusers cannot load it: {reason[0][:300]}") from error
+
+
+def anywhere(name: str | None) -> str | None:
+    """The name of a space or a base, a folder's absolute: it means the same to other processes."""
+    own = name is None or name in DEMO or not Path(name).is_dir()
+    return name if own else str(Path(name).resolve())
 
 
 def image_size(pipe: Any) -> int:
@@ -322,7 +327,7 @@ def new_file(path: Path, overwrite: bool, suffix: str = ".safetensors") -> Path:
         raise InputError(f"{path}: is a folder; name a file")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; name another, or give --overwrite")
-    return _writable(path)
+    return writable(path)
 
 
 def new_folder(path: Path, overwrite: bool, mark: str) -> Path:
@@ -339,10 +344,11 @@ def new_folder(path: Path, overwrite: bool, mark: str) -> Path:
             raise InputError(
                 f"{path}: has no {mark}, so it was not made by this command: it is not overwritten"
             )
-    return _writable(path)
+    return writable(path)
 
 
-def _writable(path: Path) -> Path:
+def writable(path: Path) -> Path:
+    """`path`, if something may be written there: the nearest folder above it can be written to."""
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent

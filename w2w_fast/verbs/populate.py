@@ -23,7 +23,7 @@ from .. import population
 from ..denoise import denoiser
 from ..encoding import Encoded, Encoder, fingerprint
 from ..errors import InputError
-from ..files import read_tensors, write_tensors
+from ..files import MANIFEST, read_tensors, write_tensors
 from ..labels import labels_table
 from ..layout import Layout
 from ..memory import largest_batch
@@ -161,25 +161,24 @@ def populate(
     with tqdm(
         total=len(names) * recipe.steps, unit="step", desc="populate", disable=not progress
     ) as bar:
-
-        def work(i: int) -> None:
-            own = folder / f".cache-{i:05d}"
-            training = Training(
-                pipe, layout, parts[i], recipe, start, batch=batch, class_photos=prior,
-                encoder=encoder if cache is not None else Encoder(pipe, own),
-                state=folder / f".state-{i:05d}.safetensors", save_every=save_every, progress=bar,
-                **options,
-            )  # fmt: skip
-            w, people = training.run()
-            kept = [person["name"] for person in people if not person["reason"]]
-            population.write_shard(folder, i, w, kept, people)
-            shutil.rmtree(own, ignore_errors=True)
-
-        share(
-            folder, len(parts), work,
+        pieces = share(
+            folder, len(parts),
             done=lambda i: shard_path(folder, i).exists(),
             seen=lambda i: bar.update(len(parts[i]) * recipe.steps),
         )  # fmt: skip
+        for i, held in pieces:
+            with held:
+                own = folder / f".cache-{i:05d}"
+                training = Training(
+                    pipe, layout, parts[i], recipe, start, batch=batch, class_photos=prior,
+                    encoder=encoder if cache is not None else Encoder(pipe, own),
+                    state=folder / f".state-{i:05d}.safetensors", save_every=save_every,
+                    progress=bar, **options,
+                )  # fmt: skip
+                w, people = training.run()
+                kept = [person["name"] for person in people if not person["reason"]]
+                population.write_shard(folder, i, w, kept, people)
+                shutil.rmtree(own, ignore_errors=True)
     _close(folder, len(parts), table)
     return population.open_population(folder)
 
@@ -229,7 +228,8 @@ def _close(folder: Path, shards: int, labels: Table | None) -> None:
 
 
 def _finished(folder: Path) -> bool:
-    return bool(population.read_record(folder).get("finished"))
+    # The manifest comes last: a process may have been killed between the record and it.
+    return bool(population.read_record(folder).get("finished")) and (folder / MANIFEST).exists()
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:

@@ -1,0 +1,204 @@
+"""`generate_to`: pictures of many people into a gallery's folder, as a job that resumes.
+
+The images are cut into pieces of one batch, in their order. Whoever makes a piece holds its lock
+until it is written, which happens in the background while the next one is denoised: several
+processes may work on one folder, each takes what nobody has, and what a killed one left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import __version__, gallery
+from ..coefficients import read_coefficients
+from ..denoise import check_prompts, check_seed, denoiser
+from ..encoding import fingerprint
+from ..errors import InputError
+from ..gallery import Draft, Gallery
+from ..sharing import share
+from ..space import WeightSpace
+from .edit import edit, parse_amounts
+from .generate import generate
+
+
+def generate_to(
+    space: WeightSpace,
+    pipe,
+    coefficients: Tensor,
+    out: str | Path,
+    prompts: str | Sequence[str] = "sks person",
+    *,
+    per_identity: int | None = None,
+    edits: str = "",
+    seed: int = 0,
+    steps: int = 50,
+    guidance: float = 3.0,
+    identity_guidance: bool = False,
+    strength: float = 1.0,
+    before: Tensor | None = None,
+    start: int | None = None,
+    scheduler=None,
+    batch: int = 32,
+    format: str = "png",
+    progress: bool = True,
+) -> Gallery:
+    """Pictures of many people into a gallery's folder `out`, resumably (see `w2w_fast.gallery`).
+
+    coefficients: the people, [k, m].
+    prompts: each person's images have them in turn; per_identity: images of each, by default one a
+        prompt. Image i is of person i // per_identity, its seed is seed + i.
+    edits: as of `w2w edit`, "beard=+1.5,hold=age", of everybody.
+    before, start: delayed edit, as of `generate`: who they are while the timestep is above `start`,
+        by default those who were not edited.
+    format: "png" (what made an image is in its text), "webp", "jpeg", or "tar": PNGs in webdataset
+        shards of about 1,000 images.
+    The rest is as of `generate`; batch is at most two in memory, one of them being written.
+
+    A second call with the same people and settings goes on where the first was killed; several at
+    once share the work, a batch at a time. The batches' composition is the job's: on one kind of
+    machine, with one number of threads, every file has the same bytes however often it was killed
+    and whoever made it. InputError for what does not fit, before anything is written, and for a
+    folder with another job or with other things.
+    """
+    prompts, out = [prompts] if isinstance(prompts, str) else list(prompts), Path(out)
+    if coefficients.ndim != 2 or not len(coefficients) or not coefficients.isfinite().all():
+        raise InputError(
+            f"coefficients: wanted finite numbers [k, {space.m}] of at least one person, "
+            f"got {list(coefficients.shape)}"
+        )
+    each = len(prompts) if per_identity is None else per_identity
+    n = len(coefficients) * each
+    if type(each) is not int or not 1 <= n <= gallery.MOST_IMAGES or not prompts:
+        raise InputError(
+            f"wanted 1 to {gallery.MOST_IMAGES:,} images and a prompt, got {len(coefficients):,} "
+            f"people x {each:,} and {len(prompts)} prompts"
+        )
+    if format not in gallery.SUFFIXES:
+        raise InputError(f"format: wanted one of {', '.join(gallery.SUFFIXES)}, got {format!r}")
+    check_prompts(prompts)
+    check_seed(seed)
+    check_seed(seed + n - 1)
+    amounts, hold = parse_amounts(edits)
+    if edits and not amounts:
+        raise InputError(f"edits: {edits!r}: wanted attribute=amount, as in beard=+1.5")
+    people = edit(space, coefficients, amounts, hold=hold)
+    if not isinstance(strength, (int, float)) or not isinstance(start, (int, type(None))):
+        raise InputError(f"wanted numbers, got strength {strength!r} and start {start!r}")
+    if start is None and before is not None or start is not None and before is None and not edits:
+        raise InputError("start: wanted with before or edits, and before with start")
+    first = None if start is None else coefficients if before is None else before
+    if first is not None and first.shape != people.shape:
+        wanted, got = list(people.shape), list(first.shape)
+        raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
+    settings = {
+        "steps": steps, "guidance": guidance, "identity_guidance": identity_guidance,
+        "strength": strength,
+    }  # fmt: skip
+    options = {
+        **settings, "start": start or 0, "scheduler": scheduler, "batch": batch, "progress": False
+    }  # fmt: skip
+    generate(space, pipe, people[:0], **options)  # nobody's images: only what it refuses
+    used = scheduler or pipe.scheduler
+    made = {
+        "edits": edits, "start": start, "scheduler": type(used).__name__, **settings,
+        "versions": _versions(),
+    }  # fmt: skip
+    job = {
+        **made, "images": n, "per_identity": each, "prompts": prompts, "seed": seed,
+        "batch": batch, "format": format, **_depends(space, pipe, used),
+        "coefficients": fingerprint({"before": coefficients, "after": people}),
+        "before": None if before is None else fingerprint({"before": before}),
+    }  # fmt: skip
+    gallery.begin(out, job, coefficients, before)
+
+    def record(i: int) -> dict[str, Any]:
+        prompt = prompts[i % each % len(prompts)]
+        return {"row": i // each, "prompt": prompt, "seed": seed + i, **made}
+
+    draft = Draft(out, n, batch, format, record)
+    if gallery.is_finished(out) and not any(out.glob(".*")):
+        return gallery.open_gallery(out)
+
+    def write(piece: int, images: list, held: ExitStack) -> None:
+        with held:
+            draft.write(piece, images)
+
+    bar = tqdm(total=n, unit="image", desc="generate", disable=not progress)
+    with bar, ThreadPoolExecutor(1) as background:
+        written: Future | None = None
+        for piece, lock in share(
+            out, draft.pieces, done=draft.done, seen=lambda i: bar.update(len(draft.rows(i)))
+        ):
+            with ExitStack() as held:
+                held.enter_context(lock)
+                rows = [record(i) for i in draft.rows(piece)]
+                who = [row["row"] for row in rows]
+                images = generate(
+                    space, pipe, people[who], [row["prompt"] for row in rows],
+                    seeds=[row["seed"] for row in rows],
+                    before=None if first is None else first[who], **options,
+                )  # fmt: skip
+                if written is not None:
+                    written.result()
+                written = background.submit(write, piece, images, held.pop_all())
+            bar.update(len(rows))
+        if written is not None:
+            written.result()
+    draft.finish()
+    return gallery.open_gallery(out, verify=False)
+
+
+def recorded(out: str | Path) -> dict[str, Any]:
+    """The people and settings of a gallery that was begun: `generate_to`'s, the scheduler by name.
+
+    And the dtype of its denoiser, "float32", which is the pipeline's.
+    """
+    folder = Path(out)
+    job = gallery.read_record(folder)["job"]
+    names = (
+        "prompts", "per_identity", "edits", "seed", "steps", "guidance", "identity_guidance",
+        "strength", "start", "scheduler", "batch", "format", "dtype",
+    )  # fmt: skip
+    if missing := [name for name in names if name not in job]:
+        raise InputError(f"{folder / gallery.RECORD}: the job lacks {', '.join(missing)}")
+    settings = {name: job[name] for name in names}
+    settings["coefficients"] = read_coefficients(folder / gallery.PEOPLE)
+    if job.get("before"):
+        settings["before"] = read_coefficients(folder / gallery.BEFORE)
+    return settings
+
+
+def _depends(space: WeightSpace, pipe, scheduler) -> dict[str, Any]:
+    """What the pictures depend on besides the settings: models, space, schedule, device."""
+    parts = {"mean": space.mean, "std": space.std, "basis": space.basis}
+    if space.row_scale is not None:
+        parts["row_scale"] = space.row_scale
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    schedule = json.dumps(config, sort_keys=True, default=str)
+    return {
+        "space": fingerprint(parts),
+        "base": {name: fingerprint(model) for name, model in models.items()},
+        "schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+        "device": denoiser(pipe).device.type,
+        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
+    }
+
+
+def _versions() -> str:
+    import diffusers
+    import PIL
+
+    found = {"w2w_fast": __version__, "torch": torch.__version__,
+             "diffusers": diffusers.__version__, "pillow": PIL.__version__}  # fmt: skip
+    return ", ".join(f"{name} {version}" for name, version in found.items())
