@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that say how they were made, strips, contact sheets, a space's spectrum."""
+"""Pictures as files: PNGs that say how they were made, strips, contact sheets, a spectrum."""
 
 from __future__ import annotations
 
