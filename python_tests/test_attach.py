@@ -2,46 +2,19 @@
 
 import copy
 import gc
-import hashlib
 import weakref
 
 import awkward
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from unet_inputs import adapters, inputs, run
+from peft import LoraConfig
+from unet_inputs import adapters, inputs, run, state_hash, with_peft
 
 from w2w_fast.attach import attach
 from w2w_fast.errors import InputError
 from w2w_fast.layout import Layout
 from w2w_fast.space import WeightSpace
 from w2w_fast.testing import assert_close
-
-
-def with_peft(model, layout, w):
-    """PEFT around ``model`` (which it changes; unload() undoes), adapter i holding w[i]."""
-    config = LoraConfig(
-        r=layout.rank, lora_alpha=layout.alpha, target_modules=list(layout.names), lora_dropout=0.0
-    )
-    for i in range(len(w)):
-        if i == 0:
-            wrapped = get_peft_model(model, config, adapter_name="a0")
-        else:
-            wrapped.add_adapter(f"a{i}", config)
-    with torch.no_grad():
-        for name, (A, B) in layout.split(w).items():
-            module = model.get_submodule(name)
-            for i in range(len(w)):
-                module.lora_A[f"a{i}"].weight.copy_(A[i])
-                module.lora_B[f"a{i}"].weight.copy_(B[i])
-    return wrapped.eval()
-
-
-def state_hash(model):
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.fixture

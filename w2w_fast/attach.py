@@ -77,10 +77,8 @@ class Live:
             raise InputError(
                 f"attach: fused projections bypass {_some(fused)}: unfuse_qkv_projections() first"
             )
-        weight = next(iter(self._modules.values())).weight
-        wide = weight.is_floating_point() and weight.dtype.itemsize >= 2
         # Where the buffers are: a first guess, corrected by what each forward is given.
-        self._place = (weight.dtype if wide else torch.float32, weight.device)
+        self._place = _place(next(iter(self._modules.values())).weight)
         self._source: Tensor | None = None  # what the user assigned, identities or adapters
         self._is_identities = False
         self._version, self._spent, self._with_grad = 0, False, False
@@ -102,7 +100,8 @@ class Live:
             narrow = [n for n, m in self._modules.items() if not _mergeable(m)]
             if narrow:
                 raise InputError(
-                    f"merged: weights of {_some(narrow)} are quantised; attach with merged=False"
+                    f"merged: weights of {_some(narrow)} are quantised or offloaded; attach with "
+                    "merged=False"
                 )
             self._pristine = {n: m.weight.detach().clone() for n, m in self._modules.items()}
         else:
@@ -301,7 +300,7 @@ class Live:
                 "images: wanted 1, 2 (classifier-free guidance) or 3 times as many; set "
                 "live.identities or live.images_per_identity"
             )
-        if guided and groups == 1 and self.pipe is None:
+        if guided and groups == 1 and self._pipe_groups() != 1:
             raise InputError(
                 "identity_guidance: wanted the doubled batch [unconditional, conditional] of "
                 f"classifier-free guidance, got {batch} rows for {adapters} identities; "
@@ -331,7 +330,9 @@ class Live:
         if sample is None:
             return
         groups, k = self._pipe_groups(), len(self._source) * self._images
-        if groups and len(self._source) > 1 and sample.shape[0] != groups * k:
+        # Some transformers' pipelines call the model once a group instead of stacking the groups.
+        stacked = sample.shape[0] != k or getattr(self.pipe, "transformer", None) is None
+        if groups and len(self._source) > 1 and stacked and sample.shape[0] != groups * k:
             raise InputError(
                 f"attach: the pipe stacks {groups} group(s) for {len(self._source)} identities x "
                 f"{self._images} images = {groups * k} rows, got {sample.shape[0]}: give it one "
@@ -424,8 +425,20 @@ def _parent(model: nn.Module, name: str) -> nn.Module | None:
     return _module(model, name.rpartition(".")[0])
 
 
+def _place(weight: Any) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device that adapters beside this weight should have.
+
+    Quantised Linears hold integers, or in torch.ao a method; offloaded ones are on ``meta``.
+    """
+    held = isinstance(weight, Tensor) and not weight.is_meta
+    wide = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2
+    return weight.dtype if wide else torch.float32, weight.device if held else torch.device("cpu")
+
+
 def _mergeable(module: nn.Module) -> bool:
     weight = module.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        return False
     shape = (module.out_features, module.in_features)
     return weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.shape == shape
 

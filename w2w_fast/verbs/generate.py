@@ -34,7 +34,7 @@ def generate(
     identity_guidance: bool = False,
     strength: float | Tensor = 1.0,
     before: Tensor | None = None,
-    start: int = 0,
+    start: float | Sequence[float] | Tensor = 0,
     scheduler=None,
     batch: int = 32,
     progress: bool = True,
@@ -48,7 +48,8 @@ def generate(
         the adapter, so that guidance pulls towards the person as well as towards the prompt.
     strength: of the adapters, a number or [k].
     before, start: delayed edit (w2w paper, section 3.3): the unedited coefficients `before` [k, m]
-        are used while the timestep is above `start`, `coefficients` from there on.
+        are used while the timestep is above `start`, a number or [k], `coefficients` from there on.
+        For pipelines that run the whole schedule, as text to image does.
     scheduler: any diffusers scheduler; the pipeline's own by default.
     callback: given (images done, images wanted) after each batch.
     pipe_options: passed on to the pipeline (height, width, negative_prompt, ...).
@@ -64,10 +65,7 @@ def generate(
     check_prompts(prompts)
     for seed in seeds:
         check_seed(seed)
-    strength = torch.as_tensor(strength, dtype=torch.float32)
-    if strength.shape not in ((), (k,)) or not torch.isfinite(strength).all():
-        raise InputError(f"strength: wanted a finite number or [{k}], got {strength.tolist()}")
-    strength = strength.expand(k)
+    strength, start = _each("strength", strength, k), _each("start", start, k)
     if not math.isfinite(guidance):
         raise InputError(f"guidance: wanted a finite number, got {guidance!r}")
     if coefficients.ndim != 2 or coefficients.shape[1] != space.m:
@@ -75,6 +73,10 @@ def generate(
     if before is not None and before.shape != coefficients.shape:
         wanted, got = tuple(coefficients.shape), tuple(before.shape)
         raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
+    if before is not None:
+        before = before.to(coefficients)
+    elif start.any():
+        raise InputError("start: wanted with before, the coefficients until then")
     if not 1 <= steps <= 1000 or not 1 <= batch <= 4096:
         raise InputError(f"wanted steps in 1..1000 and batch in 1..4096, got {steps} and {batch}")
 
@@ -85,28 +87,39 @@ def generate(
         pipe.set_progress_bar_config(**{**shown, "disable": True})
         if scheduler is not None:
             pipe.scheduler = scheduler
-        pipe.scheduler.set_timesteps(steps)
-        delayed = before is not None and bool(pipe.scheduler.timesteps[0] > start)
+        first_t = math.inf
+        if before is not None:
+            pipe.scheduler.set_timesteps(steps)
+            first_t = float(pipe.scheduler.timesteps[0])
         with bar, attach(pipe, space, identity_guidance=identity_guidance and guidance > 1) as live:
             for first in range(0, k, batch):
                 rows = slice(first, min(first + batch, k))
-                live.strength = 1.0
-                live.identities = (before if delayed else coefficients)[rows]
-                live.strength = strength[rows]
 
-                def at_step(pipe, i, t, tensors, rows=rows):
+                def at(t: float, rows=rows) -> Tensor:
+                    """Who the rows are at timestep t."""
+                    if before is None:
+                        return coefficients[rows]
+                    edited = (start[rows] >= t).to(coefficients.device)
+                    return torch.where(edited[:, None], coefficients[rows], before[rows])
+
+                def at_step(pipe, i, t, tensors, at=at):
                     # Called after step i: what it sets is in force from the next timestep on.
-                    later = pipe.scheduler.timesteps[i + 1 :]
-                    if delayed and len(later) and t > start >= later[0]:
-                        live.identities = coefficients[rows]
+                    for later in pipe.scheduler.timesteps[i + 1 : i + 2].tolist():
+                        people = at(later)
+                        if not torch.equal(people, live.identities):
+                            live.identities = people
                     return tensors
 
+                live.strength = 1.0
+                live.identities = at(first_t)
+                live.strength = strength[rows]
+                delayed = {} if before is None else {"callback_on_step_end": at_step}
                 made = pipe(
                     prompts[rows],
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     generator=[torch.Generator().manual_seed(s) for s in seeds[rows]],
-                    callback_on_step_end=at_step,
+                    **delayed,
                     **pipe_options,
                 ).images
                 images.extend(made)
@@ -117,6 +130,17 @@ def generate(
         pipe.scheduler = own
         pipe.set_progress_bar_config(**shown)
     return images
+
+
+def _each(name: str, value: float | Sequence[float] | Tensor, k: int) -> Tensor:
+    """A finite number, or one of each image, as f32 [k]; InputError for anything else."""
+    try:
+        each = torch.as_tensor(value, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: wanted a finite number or [{k}], got {value!r}") from error
+    if each.shape not in ((), (k,)) or not torch.isfinite(each).all():
+        raise InputError(f"{name}: wanted a finite number or [{k}], got {each.tolist()}")
+    return each.expand(k)
 
 
 def named_scheduler(name: str, pipe) -> Any:

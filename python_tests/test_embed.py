@@ -1,0 +1,484 @@
+"""attach inside pipelines of every kind, against PEFT, beside what else a user puts on a model."""
+
+import copy
+
+import accelerate
+import awkward
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.hooks import apply_group_offloading
+from PIL import Image
+from tiny_pipes import (
+    WIDTH,
+    add_ip_adapter,
+    make_cogview4,
+    make_controlnet,
+    make_pixart,
+    make_sd3,
+    make_xl,
+)
+from tiny_world import make_pipe, make_space, photographs, tree
+from torch import nn
+from unet_inputs import adapters, state_hash, with_peft
+
+import w2w_fast as w2w
+from w2w_fast import InputError, Layout, attach
+from w2w_fast.testing import assert_close
+
+PROMPTS = ["sks person, at the beach", "sks person", "sks person, at night"]
+PICTURE = Image.fromarray(photographs(1)[0].permute(1, 2, 0).numpy())
+MASK = Image.fromarray((photographs(1, seed=1)[0, 0] > 128).numpy())
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_v_proj")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """One pipeline of each architecture; tests work on copies."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "sd": make_pipe(folder / "sd"),
+        "xl": make_xl(folder / "xl"),
+        "sd3": make_sd3(folder / "sd3"),
+        "pixart": make_pixart(),
+        "cogview4": make_cogview4(),
+    }
+
+
+class Case:
+    """A pipeline and how it is called: ``draw(people, ...)`` gives latents [k, 4, 8, 8]."""
+
+    def __init__(self, pipe, options=None, embeds=None):
+        self.pipe, self.options, self.embeds = pipe, options or {}, embeds
+        self.model = getattr(pipe, "unet", None) or pipe.transformer
+
+    def draw(self, people, each=1, guidance=3.0, **more):
+        """Prompt, noise and embeddings i belong to person i, whoever else is in the batch."""
+        if self.embeds is None:
+            text = {"prompt": [PROMPTS[i] for i in people]}
+        else:
+            text = {name: t[people] for name, t in self.embeds.items()}
+        options = {"num_inference_steps": 2, "output_type": "latent", **self.options, **more}
+        for name, value in options.items():
+            if isinstance(value, list):  # a picture a row: one for all uses the first row's noise
+                options[name] = value * len(people) * each
+            elif isinstance(value, torch.Tensor):  # IP-Adapter's [without, with]
+                options[name] = [value.repeat_interleave(len(people), 0)]
+        return self.pipe(
+            **text,
+            guidance_scale=guidance,
+            num_images_per_prompt=each,
+            generator=[torch.Generator().manual_seed(i) for i in people for _ in range(each)],
+            **options,
+        ).images
+
+
+def embeds(mask):
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    made = {name: awkward.normal(3, 6, WIDTH, seed=i) for i, name in enumerate(names)}
+    masks = ["prompt_attention_mask", "negative_prompt_attention_mask"] if mask else []
+    return made | {name: torch.ones(3, 6) for name in masks}
+
+
+KINDS = [
+    "text", "img2img", "inpaint", "controlnet", "ip-adapter", "xl", "xl-img2img", "sd3", "pixart",
+    "cogview4",
+]  # fmt: skip
+
+
+def make_case(kind, bases):
+    base = {"xl-img2img": "xl"}.get(kind, kind if kind in bases else "sd")
+    pipe = copy.deepcopy(bases[base])
+    if kind == "img2img":
+        options = {"image": [PICTURE], "strength": 1.0}
+        return Case(StableDiffusionImg2ImgPipeline.from_pipe(pipe), options)
+    if kind == "inpaint":
+        options = {"image": [PICTURE], "mask_image": [MASK], "height": 16, "width": 16}
+        return Case(StableDiffusionInpaintPipeline.from_pipe(pipe), options)
+    if kind == "controlnet":
+        net = make_controlnet(pipe.unet)
+        return Case(
+            StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=net), {"image": PICTURE}
+        )
+    if kind == "ip-adapter":
+        add_ip_adapter(pipe.unet)
+        face = awkward.normal(2, 1, 12, seed=7)  # without, with
+        return Case(pipe, {"ip_adapter_image_embeds": face})
+    if kind == "xl-img2img":
+        options = {"image": [PICTURE], "strength": 1.0}
+        return Case(StableDiffusionXLImg2ImgPipeline.from_pipe(pipe), options)
+    if kind in ("pixart", "cogview4"):
+        size = {"height": 16, "width": 16, **({"prompt": None} if kind == "cogview4" else {})}
+        if kind == "pixart":
+            size |= {"use_resolution_binning": False, "negative_prompt": None}
+        return Case(pipe, size, embeds(mask=kind == "pixart"))
+    return Case(pipe)
+
+
+@pytest.fixture
+def case(request, bases):
+    case = make_case(getattr(request, "param", "text"), bases)
+    case.pipe.set_progress_bar_config(disable=True)
+    return case
+
+
+@pytest.fixture
+def layout(case):
+    return Layout.discover(case.model, TARGETS, rank=2, alpha=3.0)
+
+
+def trace(model):
+    """Everything that attaching could leave behind."""
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    inside = [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()]
+    return state_hash(model), hooks, inside
+
+
+def near(name, got, want, part=2e-4):
+    """Batches of other sizes sum in other orders, and two steps amplify it."""
+    assert_close(name, got, want, part * float(want.abs().max()))
+
+
+# --- every kind of pipeline
+
+
+@pytest.mark.parametrize("case", KINDS, indirect=True)
+def test_each_person_of_a_batch_is_as_peft_draws_him_alone(case, layout):
+    w, before = adapters(layout, 3), trace(case.model)
+    base, order = case.draw([0, 1, 2]), [2, 0, 1]
+    with attach(case.pipe, layout, adapters=w) as live:
+        together = case.draw([0, 1, 2])
+        live.adapters = w[order]
+        near("any order", case.draw(order), together[order])
+        live.images_per_identity = 2
+        twins = case.draw(order, each=2)
+        live.images_per_identity = 1
+        near("first of two", twins[0::2], together[order])
+        near("second of two", twins[1::2], together[order])
+        live.adapters, live.strength = w, [1.0, 0.0, -0.5]
+        mixed = case.draw([0, 1, 2])
+        near("strength 1", mixed[:1], together[:1])
+        near("strength 0", mixed[1:2], base[1:2])
+        live.strength = 1.0
+        live.adapters = w[1]
+        near("alone", case.draw([1]), together[1:2])
+    assert trace(case.model) == before
+    assert torch.equal(case.draw([0, 1, 2]), base)
+    for i in range(3):
+        peft = with_peft(case.model, layout, w[i : i + 1])
+        near("PEFT", together[i : i + 1], case.draw([i]))
+        if i == 2:  # and a strength
+            for name in layout.names:
+                case.model.get_submodule(name).scale_layer(-0.5)
+            near("PEFT at -0.5", mixed[2:], case.draw([2]))
+        peft.unload()
+    assert (together - base).abs().max() > 0.02 * base.abs().max()
+
+
+@pytest.mark.parametrize("case", ["xl", "sd3", "controlnet"], indirect=True)
+def test_identity_guidance_runs_the_first_half_without(case, layout):
+    w = adapters(layout, 2)
+    seen = {}
+    with attach(case.pipe, layout, adapters=w, identity_guidance=True):
+        name = layout.names[0]
+        spy = case.model.get_submodule(name).register_forward_hook(
+            lambda module, args, out: seen.setdefault("change", out - module.forward(args[0]))
+        )
+        case.draw([0, 1])
+        spy.remove()
+    change = seen["change"].abs().amax((1, 2))
+    assert change.shape == (4,) and (change[:2] < 1e-6).all() and (change[2:] > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "guidance"), [("cogview4", 3.0), ("pixart", 1.0)], indirect=["case"]
+)
+def test_identity_guidance_is_refused_where_no_half_can_be_told(case, layout, guidance):
+    with (
+        attach(case.pipe, layout, adapters=adapters(layout, 2), identity_guidance=True),
+        pytest.raises(InputError, match="identity_guidance: wanted the doubled batch"),
+    ):
+        case.draw([0, 1], guidance=guidance)
+
+
+# --- one identity a sample, over the steps
+
+
+@pytest.fixture
+def space(case):
+    return make_space(Layout.discover(case.model, alpha=8.0))
+
+
+@pytest.mark.parametrize("case", ["text", "xl", "sd3"], indirect=True)
+def test_a_start_an_image_is_each_image_with_its_start(case, space):
+    people = w2w.sample(space, 3, seed=2)
+    edited = w2w.edit(space, people, beard=torch.tensor([4.0, -4.0, 0.0]), age=6.0)
+    options = {"steps": 4, "guidance": 2.0, "progress": False, "output_type": "np"}
+
+    def draw(rows=slice(None), **more):
+        seeds = [5, 6, 7][rows]
+        images = w2w.generate(
+            space, case.pipe, edited[rows], PROMPTS[rows], seeds=seeds, **options, **more
+        )
+        return torch.stack([torch.as_tensor(image) for image in images])
+
+    draw(before=people)
+    t = case.pipe.scheduler.timesteps.tolist()
+    starts = [t[0], t[2], -1.0]  # edited throughout, in the second half, never
+    together = draw(before=people, start=starts, batch=2)
+    for i, start in enumerate(starts):
+        row = slice(i, i + 1)
+        assert_close("alone", together[row], draw(row, before=people[row], start=start), 0.01)
+    assert_close("throughout", together[:1], draw()[:1], 0.01)
+    assert (together[1:] - draw()[1:]).abs().amax((1, 2, 3)).min() > 0
+
+    # The same by hand: the pipeline's own callback, live changes between steps.
+    def at_step(pipe, i, now, tensors):
+        later = pipe.scheduler.timesteps[i + 1 :]
+        if len(later):
+            late = torch.tensor(starts) >= later[0]
+            live.identities = torch.where(late[:, None], edited, people)
+        return tensors
+
+    with attach(case.pipe, space, identities=torch.cat([edited[:1], people[1:]])) as live:
+        by_hand = case.pipe(
+            PROMPTS,
+            num_inference_steps=4,
+            guidance_scale=2.0,
+            generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)],
+            callback_on_step_end=at_step,
+            output_type="np",
+        ).images
+    assert_close("by hand", torch.as_tensor(by_hand), together, 0.01)
+
+
+def test_generate_draws_with_pipelines_that_take_no_callback(bases):
+    case = make_case("pixart", bases)
+    space = make_space(Layout.discover(case.model, alpha=8.0))
+    people = w2w.sample(space, 2, seed=2)
+
+    class Prompted:
+        """PixArt with a text encoder, as far as ``generate`` can see."""
+
+        def __getattr__(self, name):
+            return getattr(case.pipe, name)
+
+        def __call__(self, prompts, **options):
+            options |= {**case.options, **{n: t[: len(prompts)] for n, t in case.embeds.items()}}
+            return case.pipe(**options)
+
+    images = w2w.generate(space, Prompted(), people, steps=2, progress=False)
+    assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"start": [1, 2]}, r"start: wanted a finite number or \[3\], got \[1.0, 2.0\]"),
+        ({"start": float("nan")}, "start: wanted a finite number"),
+        ({"start": "late"}, r"start: wanted a finite number or \[3\], got 'late'"),
+        ({"strength": "strong"}, r"strength: wanted a finite number or \[3\], got 'strong'"),
+        ({"start": 500, "before": None}, "start: wanted with before"),
+    ],
+)
+def test_refusals_of_generate(case, space, options, said):
+    people = w2w.sample(space, 3)
+    with pytest.raises(InputError, match=said):
+        w2w.generate(space, case.pipe, people, **{"before": people, **options})
+
+
+@pytest.mark.parametrize("case", ["text", "img2img", "controlnet", "xl", "inpaint"], indirect=True)
+def test_one_prompt_too_few_is_refused(case, space):
+    with attach(case.pipe, space, identities=w2w.sample(space, 2)):
+        for guidance in (1.0, 3.0):
+            with pytest.raises(InputError, match="give it one prompt an identity"):
+                case.draw([0], guidance=guidance)
+
+
+# --- blending, and another LoRA beside
+
+
+def test_a_blend_of_two_is_between_them(case, space):
+    a, b = w2w.sample(space, 2, seed=4, factor=2.0)
+    path = torch.stack([torch.lerp(a, b, part) for part in (0.0, 0.3, 1.0)])
+    w = space.reconstruct(path)
+    near("weights", w[1], torch.lerp(w[0], w[2], 0.3), 1e-5)
+    with attach(case.pipe, space, identities=path):
+        drawn = case.draw([0, 1, 2])
+    peft = with_peft(case.model, space.layout, w[1:2])
+    near("PEFT", drawn[1:2], case.draw([1]))
+    peft.unload()
+
+
+def style_lora(unet):
+    """A LoRA that somebody else trained, of more modules and another rank, in diffusers' keys."""
+    layout = Layout.discover(unet, ("to_q", "to_k", "to_v", "to_out.0"), rank=3, alpha=3.0)
+    parts = layout.split(adapters(layout, 1, seed=8)[0])
+    return {
+        f"unet.{name}.lora_{letter}.weight": tensor.clone()
+        for name, pair in parts.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+
+
+@pytest.mark.parametrize("case", ["text", "xl", "controlnet"], indirect=True)
+@pytest.mark.parametrize("style_first", [True, False])
+def test_a_style_lora_beside(case, space, tmp_path, style_first):
+    pipe, style, c = case.pipe, style_lora(case.model), w2w.sample(space, 2, seed=3)
+    plain = trace(case.model)[0]
+    if style_first:
+        pipe.load_lora_weights(style, adapter_name="style")
+    with attach(pipe, space, identities=c):
+        if not style_first:
+            pipe.load_lora_weights(style, adapter_name="style")
+        pipe.set_adapters(["style"], [0.7])
+        got = case.draw([0, 1])
+        pipe.disable_lora()
+        alone = case.draw([0, 1])
+        pipe.enable_lora()
+        assert torch.equal(case.draw([0, 1]), got)
+    # Oracle: both by PEFT, from the file that other tools load.
+    for i in range(2):
+        file = w2w.export(space, c[i], tmp_path / f"{i}.safetensors", format="diffusers")
+        pipe.load_lora_weights(file, adapter_name="person")
+        pipe.set_adapters(["style", "person"], [0.7, 1.0])
+        near("both", got[i : i + 1], case.draw([i]))
+        pipe.set_adapters(["person"], [1.0])
+        near("person", alone[i : i + 1], case.draw([i]))
+        pipe.delete_adapters("person")
+    pipe.unload_lora_weights()
+    assert trace(case.model)[0] == plain
+    assert (got - alone).abs().max() > 0.01 * alone.abs().max()
+
+
+# --- what else happens to a model
+
+
+@pytest.mark.parametrize("case", ["text", "sd3"], indirect=True)
+def test_saving_and_moving_inside(case, layout, tmp_path):
+    w, text = adapters(layout, 2), [0, 1]
+    case.pipe.save_pretrained(tmp_path / "before")
+    with attach(case.pipe, layout, adapters=w):
+        case.draw(text)
+        case.pipe.save_pretrained(tmp_path / "inside")
+        assert tree(tmp_path / "inside") == tree(tmp_path / "before")
+        case.pipe.to(torch.bfloat16)
+        moved = case.draw(text)
+        assert moved.dtype == torch.bfloat16
+        case.pipe.to(torch.float32)
+        wide = case.draw(text)
+    near("bfloat16", moved.float(), wide, 0.2)
+    with attach(case.pipe, layout, adapters=w):  # whose base went through bfloat16 as well
+        assert torch.equal(case.draw(text), wide)
+
+
+def offload(how, model):
+    """Offloading as far as a machine without an accelerator has it."""
+    if how == "hook":  # of enable_model_cpu_offload
+        accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+    elif how == "sequential":  # weights on meta but for their own forward
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        place = torch.device("cpu")
+        apply_group_offloading(model, place, place, offload_type=how.split()[1] + "_level")
+
+
+@pytest.mark.parametrize("how", ["hook", "sequential", "group leaf"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("case", ["text", "sd3"], indirect=True)
+def test_offloaded(case, layout, how, first):
+    w = adapters(layout, 2)
+    with attach(case.pipe, layout, adapters=w):
+        want = case.draw([0, 1])
+    if first:
+        offload(how, case.model)
+    with attach(case.pipe, layout, adapters=w, strength=1.0):
+        if not first:
+            offload(how, case.model)
+        assert torch.equal(case.draw([0, 1]), want)
+    if how == "sequential":
+        with pytest.raises(InputError, match="merged: weights of .* quantised or offloaded"):
+            attach(case.pipe, layout, merged=True)
+
+
+class Int8Linear(nn.Module):
+    """A Linear whose weight is stored as integers, as bitsandbytes and torchao do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.step = float(linear.weight.abs().max()) / 127
+        weight = (linear.weight / self.step).round().to(torch.int8)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
+
+
+class Beside(nn.Module):
+    """Any Linear and one adapter, by definition."""
+
+    def __init__(self, linear, A, B):
+        super().__init__()
+        self.linear, self.A, self.B = linear, A, B
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.A.T @ self.B.T
+
+
+def replace(model, names, make):
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, make(name, model.get_submodule(name)))
+
+
+@pytest.mark.parametrize("kind", ["integers", "torch.ao"])
+@pytest.mark.parametrize("case", ["text", "pixart"], indirect=True)
+def test_over_a_quantised_base(case, layout, kind):
+    w = adapters(layout, 1)
+    if kind == "integers":
+        replace(case.model, layout.names, lambda name, linear: Int8Linear(linear))
+    else:
+        torch.ao.quantization.quantize_dynamic(case.model, {nn.Linear}, torch.qint8, inplace=True)
+    before = case.draw([0, 1])
+    with attach(case.pipe, layout, adapters=w.expand(2, -1)):
+        got = case.draw([0, 1])
+    assert torch.equal(case.draw([0, 1]), before)
+    with pytest.raises(InputError, match="merged: weights of .* quantised or offloaded"):
+        attach(case.pipe, layout, merged=True)
+    parts = layout.split(w[0])
+    replace(
+        case.model,
+        layout.names,
+        lambda name, linear: Beside(linear, parts[name][0], parts[name][1] * layout.scale),
+    )
+    near("output", got, case.draw([0, 1]), 0.02 if kind == "torch.ao" else 2e-4)
+    assert (got - before).abs().max() > 0.02 * before.abs().max()
+
+
+@pytest.mark.parametrize("case", ["text", "sd3"], indirect=True)
+def test_compiled_inside_a_pipeline(case, layout):
+    part = "unet" if hasattr(case.pipe, "unet") else "transformer"
+    w = adapters(layout, 4)
+    with attach(case.pipe, layout, adapters=w[:2], identity_guidance=True) as live:
+        pairs = [case.draw([0, 1])]
+        live.adapters = w[2:]
+        pairs.append(case.draw([0, 1]))
+        live.adapters = w[2]
+        alone = case.draw([0])
+    base = case.draw([0, 1])
+    setattr(case.pipe, part, torch.compile(case.model, backend="eager", fullgraph=True))
+    near("base", case.draw([0, 1]), base)
+    with attach(case.pipe, layout, adapters=w[:2], identity_guidance=True) as live:
+        near("first pair", case.draw([0, 1]), pairs[0])
+        live.adapters = w[2:]
+        near("second pair", case.draw([0, 1]), pairs[1])
+        live.adapters = w[2]
+        near("alone", case.draw([0]), alone)
+    near("detached", case.draw([0, 1]), base)
+    torch.compiler.reset()
