@@ -78,6 +78,8 @@ class Inversion(Training):
         InputError, naming the person, where one diverged.
         """
         z, facts = self.run()
+        if self.state is not None:  # a report that is killed does not cost the work before it
+            self._save(self.state)
         for i, fact in enumerate(facts):
             if fact["reason"]:
                 raise InputError(f"{fact['name']}: {fact['reason']}")

@@ -195,8 +195,6 @@ class Training:
                 if self.state is not None and time.monotonic() - saved >= self.save_every:
                     self._save(self.state)
                     saved = time.monotonic()
-        if self.state is not None:  # whoever comes back for the results finds them
-            self._save(self.state)
         good = sorted(self.done)
         w = torch.stack([torch.empty(len(self.trained)), *(self.done[i] for i in good)])[1:]
         return w, [self.facts[i] for i in range(len(self.subjects))]

@@ -275,7 +275,7 @@ def test_a_stranger_to_the_world_lands_inside_the_population():
 
 def test_the_state_is_small(space, pipe, tmp_path):
     state = tmp_path / "state"
-    inversion(space, pipe, 2, state=state).run()
+    inversion(space, pipe, 2, state=state).find()
     tensors, _ = read_tensors(state)
     assert {"done.0", "done.1", "extra.curve"} <= set(tensors)
     assert tensors["done.0"].shape == (space.m,)

@@ -82,7 +82,7 @@ def whereabouts(space: WeightSpace, c: Tensor) -> list[dict[str, Any]]:
     unit = torch.nn.functional.normalize(population)
     sample = torch.linspace(0, space.n - 1, min(space.n, _SAMPLE)).long().to(unit.device)
     between = unit[sample] @ unit.T
-    between[torch.arange(len(sample)), sample] = -1
+    between[torch.arange(len(sample), device=sample.device), sample] = -1
     closest = between.amax(1)
     likeness = torch.nn.functional.normalize(z) @ unit.T
     best, who = likeness.topk(min(_NEAREST, space.n))
