@@ -133,6 +133,16 @@ def check_masks(masks: Tensor, photos: int) -> None:
         raise InputError("masks: a mask is empty, nothing of that photo would be used")
 
 
+def centre_mask(size: int) -> Tensor:
+    """A soft ellipse where the head of a portrait mostly is, f32 [1, 1, size, size] in [0, 1].
+
+    It knows nothing of the picture: a mask that was drawn, or made by a segmenter, is better.
+    """
+    y, x = ((torch.arange(size) + 0.5) / size - centre for centre in (0.47, 0.5))
+    radius = ((y[:, None] / 0.42).square() + (x[None] / 0.32).square()).sqrt()
+    return torch.sigmoid((1 - radius) / 0.06)[None, None]
+
+
 def shrink_masks(masks: Tensor, latents: Tensor) -> Tensor:
     """Masks [p, 1, h, w] in [0, 1] at the size of the latents, each with mean one.
 

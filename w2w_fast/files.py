@@ -81,6 +81,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def new_or_empty(folder: str | os.PathLike) -> None:
+    """InputError for what exists and is not an empty folder."""
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: wanted a new or an empty folder; remove it or name another")
+
+
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success it becomes ``path``, on error it goes.
@@ -89,8 +96,8 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     then it is replaced only once the new one is complete.
     """
     path = Path(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path}: wanted a new or an empty folder; remove it or name another")
+    if not overwrite:
+        new_or_empty(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _temporary(path), _temporary(path)
     temporary.mkdir()

@@ -31,9 +31,10 @@ def largest_batch(training: Callable[[int], Training], memory: int, most: int = 
 
 
 def _peak(training: Training) -> int:
-    """Bytes that one step of a training takes, the model's weights included."""
+    """Bytes that one step of a training takes, the weights included."""
     model = denoiser(training.pipe)
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    fixed = [*model.parameters(), *training.fixed]
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in fixed}
     training.recipe = replace(training.recipe, steps=1, average=0.0, check=0)
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(training.device)
@@ -50,6 +51,6 @@ def _peak(training: Training) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         training.run()
     # w, its gradient and two moments in float32, their average in float64, one temporary.
-    rows = 28 * training.layout.size * len(training.subjects)
+    rows = 28 * training.start.shape[-1] * len(training.subjects)
     # Of what autograd keeps a third more lives for a moment: outputs, gradients, workspaces.
     return sum(weights.values()) + rows + sum(kept.values()) * 4 // 3

@@ -7,10 +7,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MARGIN = 4
 _LABEL = 14
@@ -74,11 +77,7 @@ def cut(row: Image.Image, count: int) -> list[Image.Image]:
 
 def scree(path: Path, explained: Sequence[float]) -> None:
     """A scree plot as PNG: each component's share of the variance, and that of all up to it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure()
     index = range(1, len(explained) + 1)
     left = figure.add_subplot()
     left.loglog(index, explained, ".-", color="#0b6e4f", linewidth=1, markersize=4)
@@ -87,4 +86,27 @@ def scree(path: Path, explained: Sequence[float]) -> None:
     right.plot(index, [100 * x for x in itertools.accumulate(explained)], color="#3a6ea5")
     right.set(ylim=(0, 100), ylabel="all up to it, %")
     left.grid(color="#e3e6ea", linewidth=0.8)
+    _save(figure, path)
+
+
+def curve(path: Path, points: Sequence[tuple[float, float]], names: tuple[str, str]) -> None:
+    """A line through (x, y) points as PNG; names: of x and of y."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.plot(*zip(*points, strict=True), color="#3a6ea5", linewidth=1)
+    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    _save(figure, path)
+
+
+def _figure() -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})  # the same bytes for the same numbers

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from torch import Tensor
 from .denoise import MOST_CHARACTERS, check_masks, check_prompts
 from .errors import InputError
 from .files import read_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MOST_BYTES = 64 << 20
@@ -63,6 +66,20 @@ class Subject:
             )
         if self.masks is not None:
             check_masks(self.masks, p)
+
+
+def digest(subjects: Sequence[Subject]) -> str:
+    """The same for the same photographs, prompts and masks; of a listing, its own."""
+    known = getattr(subjects, "digest", None)
+    if known is not None:
+        return known
+    total = hashlib.sha256()
+    for subject in subjects:
+        total.update(json.dumps([subject.name, subject.prompts]).encode())
+        total.update(subject.images.contiguous().numpy().tobytes())
+        if subject.masks is not None:
+            total.update(subject.masks.float().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 class Span(NamedTuple):
@@ -214,9 +231,15 @@ def _check_name(where: str | Path, name: str) -> None:
 
 def photo_tensor(source: str | Path | bytes, size: int) -> Tensor:
     """A photograph as uint8 [3, size, size]: centre square, area-averaged."""
-    from PIL import Image, ImageOps
+    return fitted(read_image(source), size)
 
-    image = ImageOps.fit(read_image(source), (size, size), Image.Resampling.BOX)
+
+def fitted(image: Image, size: int) -> Tensor:
+    """An RGB picture as uint8 [3, size, size]: centre square, area-averaged."""
+    from PIL import ImageOps
+    from PIL.Image import Resampling
+
+    image = ImageOps.fit(image, (size, size), Resampling.BOX)
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(size, size, 3).permute(2, 0, 1).contiguous()
 

@@ -9,11 +9,10 @@ Who is finished leaves the batch and the next subject takes the place.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,83 +21,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attach import attach
-from .denoise import (
-    Photos,
-    check_prompts,
-    check_seed,
-    checkpointed,
-    denoiser,
-    device_of,
-    draw_timesteps,
-    frozen,
-    losses,
-)
+from .attach import Live, attach
+from .denoise import Photos, checkpointed, denoiser, device_of, frozen, losses
 from .encoding import Encoded, Encoder
 from .errors import InputError
 from .files import read_tensors, write_tensors
 from .layout import Layout
+from .recipe import Recipe, draw
 from .sources import Subject
 
-HELD_OUT_DRAWS = 4
 _LOOK = 25  # ticks between looks for rows that are not finite: each look waits for the device
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How each subject is trained. The defaults are the paper's; `demo.build` shows others.
-
-    weight_decay: AdamW's, on what is trained.
-    train: "AB", or "B" with A shared and frozen (delta W is then linear in the adapter).
-    timesteps: "uniform", or "early" (high noise, where identity is decided, more often).
-    average: the share of the last steps whose iterates are averaged; 0 keeps the last one.
-    prior: weight of prior preservation (DreamBooth, eq. 2); 0 trains without. Its class_images
-        pictures of class_prompt are made once, by the base model.
-    snr_gamma: min-SNR weighting of timesteps (Hang et al., 2023, eq. 7); 0: none.
-    check, patience: every `check` steps the loss on the subject's last photo, which is then never
-        trained on, is looked at; after `patience` looks without a new best the subject is done.
-    """
-
-    steps: int = 800
-    lr: float = 1e-4
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    train: str = "AB"
-    timesteps: str = "uniform"
-    average: float = 0.0
-    prior: float = 1.0
-    class_prompt: str = "person"
-    class_images: int = 200
-    snr_gamma: float = 0.0
-    check: int = 0
-    patience: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-        check_prompts([self.class_prompt])
-        good = {
-            "steps": 1 <= self.steps <= 100_000,
-            "lr": math.isfinite(self.lr) and self.lr > 0,
-            "eps": math.isfinite(self.eps) and self.eps > 0,
-            "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "train": self.train in ("AB", "B"),
-            "timesteps": self.timesteps in ("uniform", "early"),
-            "average": 0 <= self.average < 1,
-            "prior": math.isfinite(self.prior) and self.prior >= 0,
-            "class_images": 1 <= self.class_images <= 10_000,
-            "snr_gamma": math.isfinite(self.snr_gamma) and self.snr_gamma >= 0,
-            "check": 0 <= self.check <= self.steps,
-            "patience": 1 <= self.patience <= 1000,
-        }
-        for name, ok in good.items():
-            if not ok:
-                raise InputError(f"recipe: {name}={getattr(self, name)!r} is out of range")
-
-    @property
-    def keep_from(self) -> int:
-        """The first step whose iterate counts in the average."""
-        return self.steps - max(1, round(self.average * self.steps))
 
 
 def initial_adapter(layout: Layout, seed: int = 0) -> Tensor:
@@ -109,31 +41,6 @@ def initial_adapter(layout: Layout, seed: int = 0) -> Tensor:
         bound = module.in_features**-0.5
         w[a] = (torch.rand(a.stop - a.start, generator=generator) * 2 - 1) * bound
     return w
-
-
-# --- the shared random numbers --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One step's random numbers: timestep [1], noise [c, h, w], and which photo, in [0, 1)."""
-
-    t: Tensor
-    noise: Tensor
-    which: float
-
-
-def draw(recipe: Recipe, step: int, train_steps: int, shape: Sequence[int], what: str) -> Draw:
-    """The numbers of a step for all subjects, from the seed and the step alone.
-
-    Not from a generator that runs along: a subject's numbers then do not depend on who else is in
-    the batch, nor on where a killed job went on. what: "photo", "class" or "held-out".
-    """
-    key = hashlib.sha256(f"{recipe.seed} {what} {step}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    t = draw_timesteps(1, train_steps, recipe.timesteps, generator)
-    noise = torch.randn(*shape, generator=generator)
-    return Draw(t, noise, float(torch.rand((), generator=generator)))
 
 
 # --- the optimiser --------------------------------------------------------------------------------
@@ -183,7 +90,7 @@ class Rows:
 
     @classmethod
     def new(cls, subjects: Sequence[int], start: Tensor) -> Rows:
-        k, d, place = len(subjects), len(start), {"device": start.device}
+        k, d, place = len(subjects), start.shape[-1], {"device": start.device}
         zeros = [torch.zeros(k, d, **place) for _ in range(2)]
         return cls(
             list(subjects), [0] * k, [0] * k, torch.full((k,), torch.inf, **place),
@@ -215,8 +122,16 @@ class Training:
     """The training of a list of subjects, at most `batch` at a time; all of its state.
 
     `run` goes to the end. With a `state` file it is written every `save_every` seconds, and a new
-    Training goes on from it with the same bits: what a step does depends on the state alone.
+    Training goes on from it with the same bits: what a step does depends on the state alone. `job`
+    is kept in it, and a state of another job is an InputError.
+
+    `inversion.Inversion` trains coefficients in the place of adapters: start is then a point of
+    that space, one for all or one each.
     """
+
+    holds_out = True  # early stopping looks at the last photo, which is never trained on
+    held_out_draws = 4
+    fixed: Sequence[Tensor] = ()  # what is there besides the model, whatever the batch
 
     def __init__(
         self,
@@ -233,6 +148,7 @@ class Training:
         checkpointing: bool = False,
         state: Path | None = None,
         save_every: float = 60.0,
+        job: Mapping[str, Any] | None = None,
         progress: tqdm | None = None,
     ) -> None:
         if recipe.prior and class_photos is None:
@@ -242,14 +158,17 @@ class Training:
         self.encoder = encoder or Encoder(pipe)
         self.bf16, self.checkpointing = bf16, checkpointing
         self.state, self.save_every, self.progress = state, save_every, progress
+        self.job = dict(job or {})
         self.device = device_of(pipe)
         self.train_steps = pipe.scheduler.config.num_train_timesteps
         self.start = start.to(self.device, torch.float32)
-        self.trained = torch.ones(layout.size, device=self.device)
+        self.trained = torch.ones(self.start.shape[-1], device=self.device)
         if recipe.train == "B":
             for a, _ in layout.slices():
                 self.trained[a] = 0
-        self.rows = Rows.new([], self.start)
+        self.rows = Rows.new([], self._starts([]))
+        self.extra: dict[str, Tensor] = {}  # further tensors of the state
+        self.live: Live
         self.encoded: list[Encoded] = []
         self.next = self.tick = 0
         self.done: dict[int, Tensor] = {}  # subject -> w [d] on the CPU
@@ -264,28 +183,43 @@ class Training:
         with (
             frozen(model),
             checkpointed(model, self.checkpointing),
-            attach(model, self.layout) as live,
+            self._attached(model) as self.live,
         ):
-            changed = True
             while True:
-                changed = self._refill() or changed
+                self._refill()
                 if not len(self.rows):
                     break
-                if changed:
-                    live.adapters = self.rows.w.requires_grad_()
+                self.rows.w.requires_grad_()
                 self._step()
-                changed = self._retire()
+                self._retire()
                 if self.state is not None and time.monotonic() - saved >= self.save_every:
                     self._save(self.state)
                     saved = time.monotonic()
         good = sorted(self.done)
-        w = torch.stack([torch.empty(self.layout.size), *(self.done[i] for i in good)])[1:]
+        w = torch.stack([torch.empty(len(self.trained)), *(self.done[i] for i in good)])[1:]
         return w, [self.facts[i] for i in range(len(self.subjects))]
+
+    # --- what is trained --------------------------------------------------------------------------
+
+    def _attached(self, model: torch.nn.Module) -> AbstractContextManager[Live]:
+        return attach(model, self.layout)
+
+    def _show(self) -> None:
+        """Put the rows' adapters into the model, before a forward."""
+        if self.live.adapters is not self.rows.w:
+            self.live.adapters = self.rows.w
+
+    def _objective(self, loss: Tensor) -> Tensor:
+        """What is minimised, of the rows' losses [K]."""
+        return loss.sum()
+
+    def _starts(self, subjects: Sequence[int]) -> Tensor:
+        return self.start if self.start.ndim == 1 else self.start[subjects]
 
     # --- one tick ---------------------------------------------------------------------------------
 
-    def _refill(self) -> bool:
-        """Let the next subjects in; True if any came."""
+    def _refill(self) -> None:
+        """Let the next subjects in."""
         came: list[int] = []
         while len(self.rows) + len(came) < self.batch and self.next < len(self.subjects):
             i, self.next = self.next, self.next + 1
@@ -298,13 +232,13 @@ class Training:
                 self._advance(self.recipe.steps)
         if came:
             with torch.no_grad():
-                self.rows = self.rows + Rows.new(came, self.start)
-        return bool(came)
+                self.rows = self.rows + Rows.new(came, self._starts(came))
 
-    def _step(self) -> None:
+    def _step(self) -> Tensor:
+        """One step of every row; their losses [K]."""
         rows, recipe = self.rows, self.recipe
         loss = self._losses(rows.step, "photo")
-        loss.sum().backward()
+        self._objective(loss).backward()
         with torch.no_grad():
             rows.step = [s + 1 for s in rows.step]
             steps = torch.tensor(rows.step, dtype=torch.float64, device=self.device)[:, None]
@@ -320,10 +254,12 @@ class Training:
         self._advance(len(rows))
         if self.progress is not None and self.tick % 10 == 0:
             self.progress.set_postfix(loss=f"{float(loss.detach().mean()):.4f}")
+        return loss.detach()
 
     def _losses(self, steps: Sequence[int], what: str) -> Tensor:
         """The loss of each row at its own step, [K]; with the prior's if there is one."""
         recipe, (photos, noise, t) = self.recipe, self._inputs(steps, what)
+        self._show()
         options = {"bf16": self.bf16, "snr_gamma": recipe.snr_gamma}
         if not recipe.prior or what != "photo":
             return losses(self.pipe, photos, noise, t, **options)
@@ -341,11 +277,11 @@ class Training:
         draws = {s: draw(self.recipe, s, self.train_steps, shape, what) for s in distinct}
         photos = []
         for encoded, s in zip(self.encoded, steps, strict=True):
-            if what == "held-out":
+            if what == "held-out" and self.holds_out:
                 photos.append(encoded.photo(len(encoded) - 1))
                 continue
             encoded = self.class_photos if what == "class" else encoded
-            count = len(encoded) - (what == "photo" and bool(self.recipe.check))
+            count = len(encoded) - (what == "photo" and self._photo_held)
             photos.append(encoded.photo(min(int(draws[s].which * count), count - 1)))
         # Rows of one step share its numbers: they are copied to the device once.
         at = torch.tensor([distinct.index(s) for s in steps], device=self.device)
@@ -353,8 +289,12 @@ class Training:
         t = torch.cat([d.t for d in draws.values()]).to(self.device)[at]
         return Photos.joined(photos), noise, t
 
-    def _retire(self) -> bool:
-        """Take out who is finished or diverged; True if the rows changed."""
+    @property
+    def _photo_held(self) -> bool:
+        return self.holds_out and bool(self.recipe.check)
+
+    def _retire(self) -> None:
+        """Take out who is finished or diverged."""
         rows, recipe = self.rows, self.recipe
         ended = {i for i, s in enumerate(rows.step) if s == recipe.steps}
         if recipe.check:
@@ -371,7 +311,9 @@ class Training:
             name = self._name(subject)
             self._advance(recipe.steps - step)
             if i in broken:
-                self._aside(subject, name, f"diverged: not finite after at most {step} steps")
+                self._aside(
+                    subject, name, f"diverged: not finite after at most {step} steps; lower lr"
+                )
                 continue
             count = step - recipe.keep_from
             w = rows.total[i] / count if count > 0 else rows.w[i].detach()
@@ -382,13 +324,12 @@ class Training:
                 "reason": "",
             }  # fmt: skip
         if not ended | broken:
-            return False
+            return
         left = [i for i in range(len(rows)) if i not in ended | broken]
         with torch.no_grad():
             rows.w.requires_grad_(False)
             self.rows = rows.pick(left)
         self.encoded = [self.encoded[i] for i in left]
-        return True
 
     @torch.no_grad()
     def _no_better(self, looked: list[int]) -> set[int]:
@@ -396,7 +337,7 @@ class Training:
         if not looked:
             return set()
         rows = self.rows
-        every = [self._losses([s] * len(rows), "held-out") for s in range(HELD_OUT_DRAWS)]
+        every = [self._losses([s] * len(rows), "held-out") for s in range(self.held_out_draws)]
         loss = torch.stack(every).mean(0)
         for i in looked:
             if bool(loss[i] < rows.best[i]):
@@ -412,7 +353,7 @@ class Training:
         return names[i] if names is not None else self.subjects[i].name
 
     def _encoded(self, subject: Subject) -> Encoded:
-        if self.recipe.check and len(subject.prompts) < 2:
+        if self._photo_held and len(subject.prompts) < 2:
             raise InputError(
                 f"{subject.name}: one photo; early stopping (check) holds out one and trains on "
                 "the others"
@@ -438,21 +379,32 @@ class Training:
         tensors = {k: v.detach() for k, v in parts.items() if isinstance(v, Tensor)}
         good = sorted(self.done)
         tensors |= {f"done.{i}": self.done[i] for i in good}
+        tensors |= {f"extra.{name}": tensor for name, tensor in self.extra.items()}
         state = {k: v for k, v in parts.items() if isinstance(v, list)}
-        state |= {"next": self.next, "tick": self.tick}
+        state |= {"next": self.next, "tick": self.tick, "job": self.job}
         state["facts"] = {str(i): fact for i, fact in self.facts.items()}
         write_tensors(path, tensors, {"state": json.dumps(state)})
 
     def _load(self, path: Path) -> None:
         tensors, metadata = read_tensors(path, finite=False, mmap=False)
-        state = json.loads(metadata["state"])
-        self.done = {
-            int(k.removeprefix("done.")): v for k, v in tensors.items() if k.startswith("done.")
-        }
+        state = json.loads(metadata.get("state", "{}"))
+        old = state.pop("job", {})
+        different = sorted(k for k in old.keys() | self.job if old.get(k) != self.job.get(k))
+        if different:
+            raise InputError(
+                f"{path}: was left by a job with another {', '.join(different)}; remove it, or "
+                "give the same again to go on"
+            )
+
+        def named(kind: str) -> dict[str, Tensor]:
+            names = [name for name in tensors if name.startswith(kind)]
+            return {name.removeprefix(kind): tensors.pop(name) for name in names}
+
+        self.done = {int(i): w for i, w in named("done.").items()}
+        self.extra = {name: t.to(self.device) for name, t in named("extra.").items()}
         self.facts = {int(i): fact for i, fact in state.pop("facts").items()}
         self.next, self.tick = state.pop("next"), state.pop("tick")
-        rest = {k: v.to(self.device) for k, v in tensors.items() if not k.startswith("done.")}
-        self.rows = Rows(**state, **rest)
+        self.rows = Rows(**state, **{k: v.to(self.device) for k, v in tensors.items()})
         self.encoded = [self._encoded(self.subjects[i]) for i in self.rows.subject]
 
 

@@ -112,11 +112,12 @@ def test_several_photos_of_a_person(space, pipe, photos):
 
 def test_start_seed_and_callback(space, pipe, photos):
     start = sample(space, 1, seed=8)
-    still = invert(space, pipe, photos[:1], start=start, lr=0.0, **OPTIONS)
+    still = invert(space, pipe, photos[:1], start=start, lr=1e-12, **OPTIONS)
     assert torch.allclose(still, start, atol=1e-5)
     seen = []
     found = invert(space, pipe, photos[:1], seed=1, callback=seen.append, **OPTIONS)
-    assert [x["step"] for x in seen] == list(range(5)) and seen[0]["loss"].shape == (1,)
+    assert [x["steps"] for x in seen] == [[i + 1] for i in range(5)]
+    assert seen[0]["loss"].shape == (1,) and seen[0]["people"] == [0]
     assert torch.allclose(seen[-1]["coefficients"], found)
     assert not torch.equal(found, invert(space, pipe, photos[:1], seed=2, **OPTIONS))
 
@@ -147,6 +148,10 @@ def test_the_pipeline_is_left_as_it_was(space, pipe, photos):
         ({"people": [0, 2]}, "people"),
         ({"people": [-1, 0]}, "people"),
         ({"masks": torch.ones(1, 1, SIZE, SIZE)}, "masks"),
+        ({"masks": torch.ones(2, 1, SIZE, 2 * SIZE)}, "the photos' size"),
+        ({"names": ["anna"]}, "names"),
+        ({"check": 6}, "check"),
+        ({"memory": 1000}, "memory"),
         ({"masks": torch.zeros(2, 1, SIZE, SIZE)}, "empty"),
         ({"masks": torch.full((2, 1, SIZE, SIZE), 255.0)}, r"\[0, 1\]"),
         ({"start": torch.zeros(2, 1)}, "start"),

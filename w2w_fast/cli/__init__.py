@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import collect, generate, learn, look, populate
+from . import collect, generate, invert, learn, look, populate
 from . import options as opt
 from . import support as shared
 
@@ -138,60 +138,13 @@ def edit(
     typer.echo(f"{out}: {len(people)} people edited: {set_}")
 
 
-@command(
+command(
     "invert",
     USE,
-    "w2w invert demo me.png --mask face.png --out me.safetensors",
-    "w2w invert space/ anna.jpg photos-of-bert/ --base sd15/ --paper",
-)
-def invert(
-    space: opt.SpaceArg,
-    photos: Annotated[list[Path], typer.Argument(help="A file or a folder for each person.")],
-    mask: Annotated[
-        list[Path] | None,
-        typer.Option(help="White on the face; one for all photos, or one each, in order."),
-    ] = None,
-    base: opt.OwnBase = None,
-    prompt: opt.MaybePrompt = None,
-    steps: opt.Steps = None,
-    lr: opt.Adam = None,
-    prior: Annotated[
-        float | None,
-        typer.Option(help="Weight of the Gaussian prior; more: less copied from the photo."),
-    ] = None,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="As published: 400 steps, lr 0.1, no prior, unwhitened.")
-    ] = False,
-    seed: opt.Seed = 0,
-    batch: opt.Batch = 64,
-    out: opt.PeopleOut = Path("inverted.safetensors"),
-    device: opt.Device = None,
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Find people in the space from photographs, one or several of each."""
-    shared.new_file(out, overwrite)
-    from ..coefficients import write_coefficients
-    from ..verbs.invert import PAPER
-    from ..verbs.invert import invert as verb
-
-    kinds = {
-        "prompt": str, "steps": int, "lr": float, "prior": float, "weight_decay": float,
-        "whiten": bool, "timesteps": str, "average": float,
-    }  # fmt: skip
-    opened = shared.open_space(space, device)
-    settings = shared.defaults(opened, "invert", kinds) | (PAPER if paper else {})
-    settings |= shared.given(prompt=prompt, steps=steps, lr=lr, prior=prior)
-    pipe = shared.open_pipeline(base, opened, device)
-    size = shared.image_size(pipe)
-    pictures, people, names = shared.read_people(photos, size)
-    masks = None if not mask else shared.read_masks(mask, len(pictures), size)
-    found = verb(
-        opened, pipe, pictures, masks=masks, people=people, seed=seed, batch=batch, **settings
-    )
-    write_coefficients(out, found)
-    for name, z in zip(names, ((found - opened.mu) / opened.sigma.clamp_min(1e-12)), strict=True):
-        typer.echo(f"{name}: {float(z.square().mean().sqrt()):.2f} sd from the population's mean")
-    typer.echo(f"{out}: {len(found)} people from {len(pictures)} photos")
+    "w2w invert demo me.png --mask face.png --out me.safetensors --report me",
+    "w2w invert space/ anna.jpg photos-of-bert/ --base sd15/ --auto-mask --vram 12GiB --bf16",
+    "w2w invert space/ portraits/*.jpg --base sd15/ --paper --check 25",
+)(invert.invert)
 
 
 command(

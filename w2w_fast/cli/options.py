@@ -46,3 +46,9 @@ Workers = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the settings that OUT was begun with.")
 ]
+Vram = Annotated[
+    str | None, typer.Option(metavar="8GiB", help="Or: as many as fit into so much memory.")
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Of gradients: less memory, more work.")
+]

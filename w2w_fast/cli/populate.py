@@ -44,9 +44,7 @@ def populate(
     ] = 0,
     patience: Annotated[int, typer.Option(help="Looks without a new best that end it.")] = 2,
     batch: Annotated[int, typer.Option(min=1, max=4096, help="People trained at once.")] = 8,
-    vram: Annotated[
-        str | None, typer.Option(metavar="8GiB", help="Or: as many as fit into so much memory.")
-    ] = None,
+    vram: opt.Vram = None,
     shard: Annotated[int, typer.Option(min=1, max=65_536, help="People a file.")] = 256,
     train: Annotated[str, typer.Option(metavar="AB|B", help="Both factors, or B alone.")] = "AB",
     start: Annotated[
@@ -60,9 +58,7 @@ def populate(
     rank: Annotated[int, typer.Option(min=1, max=256)] = 1,
     alpha: Annotated[float, typer.Option(help="The adapters' alpha.")] = 27.0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Of gradients: less memory, more work.")
-    ] = False,
+    checkpointing: opt.Checkpointing = False,
     cache: Annotated[
         Path | None, typer.Option(help="Keep encoded photos there, for other runs too.")
     ] = None,

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -196,38 +196,71 @@ def read_prompts(values: list[str]) -> list[str]:
     return prompts
 
 
-def read_people(paths: list[Path], size: int) -> tuple[Any, list[int], list[str]]:
-    """(photos uint8 [p, 3, size, size], who is on each, a name for each person).
+class People(NamedTuple):
+    """Photographs uint8 [p, 3, h, w], who is on each, everybody's name, masks f32 [p, 1, h, w]."""
 
-    A file is one person; a folder is one person with all the photos in it.
+    photos: Any
+    owner: list[int]
+    names: list[str]
+    masks: Any
+
+
+def read_people(paths: list[Path], size: int, masks: list[Path] | None = None) -> People:
+    """The people in photographs, cropped to the centre square and scaled to size x size.
+
+    A file is one person; a folder is one person with all the photos in it. masks: white on the
+    face; one for all photos, or one each, in their order; without any, x.mask.png beside x.png.
     """
     import torch
 
-    from ..sources import PHOTO_SUFFIXES, photo_tensor
+    from ..files import read_image
+    from ..sources import PHOTO_SUFFIXES, fitted, natural
 
-    photos, people, names = [], [], []
+    files, owner = [], []
     for who, path in enumerate(paths):
-        files = [path]
+        mine = [path]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
-            if not files:
+            there = (p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+            named = {p.name: p for p in there if not p.stem.endswith(".mask")}
+            mine = [named[name] for name in sorted(named, key=natural)]
+            if not mine:
                 raise InputError(f"{path}: no photo ({', '.join(PHOTO_SUFFIXES)}) in it")
-        photos += [photo_tensor(file, size) for file in files]
-        people += [who] * len(files)
-        names.append(path.name if path.is_dir() else path.stem)
-    return torch.stack(photos), people, names
+        files += mine
+        owner += [who] * len(mine)
+    photos, grey = [], []
+    for file, mask in zip(files, _masks(files, masks), strict=True):
+        image = read_image(file)
+        photos.append(fitted(image, size))
+        if mask is not None:
+            (w, h), white = image.size, read_image(mask)
+            if abs(w * white.height - h * white.width) > max(w, h):  # up to one pixel of rounding
+                raise InputError(
+                    f"--mask: {mask}: wanted the shape of {file}, {w} x {h}, at any scale; got "
+                    f"{white.width} x {white.height}"
+                )
+            grey.append(fitted(white, size).float().mean(0, keepdim=True) / 255)
+            if not bool(grey[-1].any()):
+                raise InputError(f"--mask: {mask}: all black, nothing of {file} would be used")
+    names = [path.name if path.is_dir() else path.stem for path in paths]
+    return People(torch.stack(photos), owner, names, torch.stack(grey) if grey else None)
 
 
-def read_masks(paths: list[Path], photos: int, size: int) -> Any:
-    """Masks f32 [p, 1, size, size] in [0, 1], white on the face; one may serve all photos."""
-    import torch
-
-    from ..sources import photo_tensor
-
-    if len(paths) not in (1, photos):
-        raise InputError(f"--mask: wanted one, or one for each of {photos} photos in their order")
-    grey = [photo_tensor(path, size).float().mean(0, keepdim=True) / 255 for path in paths]
-    return torch.stack(grey * (photos // len(paths)))
+def _masks(photos: list[Path], given: list[Path] | None) -> list[Path | None]:
+    """The mask of each photo: those given, or those beside all of them, or none."""
+    if given:
+        if len(given) not in (1, len(photos)):
+            raise InputError(
+                f"--mask: wanted one, or one for each of {len(photos)} photos in their order; got "
+                f"{len(given)}"
+            )
+        return list(given * (len(photos) // len(given)))
+    beside = [photo.with_suffix(".mask.png") for photo in photos]
+    lone = [photo for photo, mask in zip(photos, beside, strict=True) if not mask.is_file()]
+    if len(lone) == len(photos):
+        return [None] * len(photos)
+    if lone:
+        raise InputError(f"{lone[0]}: wanted a mask of it too: others have one beside them")
+    return list(beside)
 
 
 def memory_size(text: str) -> int:

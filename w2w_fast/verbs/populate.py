@@ -29,7 +29,7 @@ from ..layout import Layout
 from ..memory import largest_batch
 from ..population import Population, shard_path
 from ..sharing import locked, share
-from ..sources import Subject
+from ..sources import Subject, digest
 from ..training import Recipe, Training, initial_adapter
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def populate(
         "shard": shard,
         "people": len(names),
         "prompt": getattr(subjects, "prompt", None),
-        "subjects": _digest(subjects),
+        "subjects": digest(subjects),
         "base": fingerprint(denoiser(pipe)),
         "labels": None if table is None else _table_digest(table),
         **options,
@@ -237,20 +237,6 @@ def _names(subjects: Sequence[Subject]) -> list[str]:
     if not names or len(set(names)) != len(names):
         raise InputError("subjects: wanted at least one, each with a name of its own")
     return names
-
-
-def _digest(subjects: Sequence[Subject]) -> str:
-    """The same for the same photographs, prompts and masks; of a listing, its own."""
-    known = getattr(subjects, "digest", None)
-    if known is not None:
-        return known
-    digest = hashlib.sha256()
-    for subject in subjects:
-        digest.update(json.dumps([subject.name, subject.prompts]).encode())
-        digest.update(subject.images.contiguous().numpy().tobytes())
-        if subject.masks is not None:
-            digest.update(subject.masks.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _table_digest(table: Table) -> str:
