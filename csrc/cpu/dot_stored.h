@@ -79,25 +79,25 @@ constexpr bool kStored<u4> = true;
 
 // The unit of a row of c; 0: it stays f32.
 //
-// The unit is 2^-30 of the power of two above the row's largest number, so a number is off by at
-// most 2^-30 of the largest. The largest may be 128 times their mean: a sum is then off by 2^-23
-// of what is summed, the rounding that f32 is allowed, where V is about as large in one column as
-// in another; as the errors are independent, by far less. All that follows is exact until a
-// chunk's sum is rounded to f32. Three limbs would put a single coefficient off by 2^-22.
+// The unit is 2^-30 of the power of two above the row's largest number, so that a number is off by
+// at most 2^-30 of the largest. That is 2^-23 of a number which is at least 1/128 of it; where
+// three quarters are (or zero), and V is not larger in the other columns, what those are off is
+// less than that too: a sum is off by at most 2 * 2^-23 of the magnitudes it adds up. All that
+// follows is exact until a chunk's sum is rounded to f32. Three limbs would not do: a coefficient
+// by itself would be off by 2^-22.
 template <class T>
 inline float keep(T, const float* c, int64_t m, Fixed* out) {
     constexpr int W = Stored<T>::ways, G = kPerLine<T>;
-    float largest = 0, all = 0;
+    float largest = 0;
     for (int64_t j = 0; j < m; ++j) {
         const float x = __builtin_fabsf(c[j]);
-        all += x;
+        if (!(x < 0x1p60f)) return 0;  // a NaN, too
         if (x > largest) largest = x;
     }
-    const bool ordinary = largest > 0x1p-90f && largest < 0x1p60f;
-    if (all == 0)
-        largest = 1;
-    else if (!(ordinary && 128 * all >= largest * static_cast<float>(m)))
-        return 0;  // that of a NaN, too
+    if (largest > 0 && largest < 0x1p-90f) return 0;
+    int64_t small = 0;
+    for (int64_t j = 0; j < m; ++j) small += c[j] != 0 && __builtin_fabsf(c[j]) < largest / 128;
+    if (4 * small > m) return 0;
     int exponent;
     __builtin_frexpf(largest, &exponent);
     const float unit = __builtin_ldexpf(1, exponent - 30);
@@ -143,7 +143,7 @@ constexpr bool kStored<bf16> = true;
 // would be split into three, of which each takes half the time of f32's multiply-adds.
 //
 // The instruction takes subnormal numbers for zeros, and makes them so. With c in these bounds
-// that costs at most 2^20 * 2^-126 a column, 2^-46 of the least sum that is not made again.
+// that costs some 2^20 * 2^-126 a column, 2^-46 of the least sum that is not made again.
 inline int64_t room(bf16, int64_t m) { return ceil_div(m, kPerLine<bf16>) * kPerLine<bf16>; }
 inline float keep(bf16, const float* c, int64_t m, bf16* out) {
     for (int64_t j = 0; j < room(bf16{}, m); ++j) {

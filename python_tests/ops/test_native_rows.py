@@ -55,7 +55,7 @@ def rows(m):
     plain[5] *= 1e-30
     plain[6] *= 1e-40
     plain[7] = 0
-    plain[8, m // 3] = 90  # a hundred times the mean
+    plain[8, m // 3] = 25  # most others are more than a 128th of it
     both = torch.cat([plain, plain.bfloat16().float()])
     order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))
     return torch.full((len(both), m + 7), torch.nan)[:, 3 : 3 + m].copy_(both[order])
@@ -99,6 +99,29 @@ def test_subnormal_numbers_of_a_basis_count(isa, every):
     c = awkward.normal(6, 200, seed=2).bfloat16().float()
     c[1:5] *= torch.tensor([[2.0**90], [2.0**19], [2.0**-90], [2.0**-120]])
     check(c, basis.double(), basis, None, torch.ones(60))
+
+
+@pytest.mark.parametrize("small", ["basis", "c"])
+def test_subnormal_numbers_count_where_others_are_little_larger(isa, small):
+    """Products are of ordinary size: that of a sum does not tell what was lost in it."""
+    a, b = awkward.normal(60, 200, seed=1) * 1e-37, awkward.normal(60, 200, seed=2) * 1e30
+    a[:, ::2] /= 100
+    a, b = a.bfloat16(), b.bfloat16()
+    basis, c = (a, b) if small == "basis" else (b, a)
+    check(c[:6].float(), basis.double(), basis, None, torch.ones(60))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_large_number_that_v_does_not_count(isa, bits):
+    """Fixed point relative to it would lose the others, which are all of the result."""
+    basis, mean, std, more, exact = awkward.space(30, 100, bits)
+    exact[:, 6:8] = 0
+    basis[:, 6:8] = 0
+    if bits == 4:
+        basis[:, 6:8], basis[:, 3] = awkward.space(30, 100, bits)[0][:, 6:8], 0x88
+    c = awkward.normal(3, 100, seed=5)
+    c[:, 6] = 1e7
+    check(c, exact, basis, mean, std, **more)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
