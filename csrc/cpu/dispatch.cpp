@@ -16,7 +16,7 @@ namespace {
 
 #ifdef W2W_X86
 struct X86 {
-    bool avx2 = false, avx512 = false;
+    bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false;
 
     X86() {
         unsigned a, b, c, d;
@@ -30,6 +30,9 @@ struct X86 {
         const unsigned f = 1u << 16, bw = 1u << 30, vl = 1u << 31;
         avx2 = saves_ymm && fma && f16c && (b & (1u << 5));
         avx512 = avx2 && saves_zmm && (b & f) && (b & bw) && (b & vl);
+        avx512_vnni = avx512 && (c & (1u << 11));
+        if (a == 0 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+        avx512_bf16 = avx512_vnni && (a & (1u << 5));
     }
 };
 const X86 x86;
@@ -46,18 +49,23 @@ struct Isa {
     void (*edit)(const EditParams&, int);
 };
 
-#define W2W_ISA_ROW(isa, supported)                                                             \
-    {                                                                                           \
-        #isa, supported, isa::reconstruct, isa::project, isa::low_rank, isa::outer, isa::merge, \
-            isa::edit                                                                           \
+// A set with a reconstruct of its own, and the one that has the other kernels.
+#define W2W_ISA_ROW(isa, supported, others)                                                       \
+    {                                                                                             \
+        #isa, supported, isa::reconstruct, others::project, others::low_rank, others::outer,      \
+            others::merge, others::edit                                                           \
     }
 
 const Isa kIsas[] = {  // best first
-#ifdef W2W_X86
-    W2W_ISA_ROW(avx512, x86.avx512),
-    W2W_ISA_ROW(avx2, x86.avx2),
+#ifdef W2W_X86_STORED
+    W2W_ISA_ROW(avx512_bf16, x86.avx512_bf16, avx512),
+    W2W_ISA_ROW(avx512_vnni, x86.avx512_vnni, avx512),
 #endif
-    W2W_ISA_ROW(portable, true),
+#ifdef W2W_X86
+    W2W_ISA_ROW(avx512, x86.avx512, avx512),
+    W2W_ISA_ROW(avx2, x86.avx2, avx2),
+#endif
+    W2W_ISA_ROW(portable, true, portable),
 };
 
 std::atomic<const Isa*> in_use{

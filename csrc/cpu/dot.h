@@ -70,34 +70,40 @@ inline void dot_block(const T* v, int64_t v_stride, const float* c, int64_t c_st
         for (int i = 0; i < K; ++i) *sums.at(r, i) += total(acc[r][i]);
 }
 
+// How many rows of V are read at once, by c's type and the number of identities. One identity
+// leaves registers for more rows: enough chains to hide the latency of fma.
+template <class C>
+constexpr int rows_at_once(int k) {
+    return k == 1 ? 4 : kDotRows;
+}
+
 // R rows that are read at once lie as far apart as `rows` allows: memory then sees R long
 // sequential streams, which its prefetchers follow best.
-template <int K, class T>
-inline void dot_rows(const T* v, int64_t v_stride, int64_t rows, const float* c, int64_t c_stride,
+template <int K, class T, class C>
+inline void dot_rows(const T* v, int64_t v_stride, int64_t rows, const C* c, int64_t c_stride,
                      int64_t m, Ahead<T> ahead, Sums sums) {
-    // One identity leaves registers for more rows: enough chains to hide the latency of fma.
-    constexpr int R = K == 1 ? 4 : kDotRows;
+    constexpr int R = rows_at_once<C>(K);
     const int64_t apart = rows / R;
     for (int64_t r = 0; r < apart; ++r) {
         const bool mine = ahead.rows && r % ahead.turns == ahead.turn;
         for (int64_t j = 0; j < m; j += kChunk)
-            dot_block<R, K>(column(v + r * v_stride, j), apart * v_stride, c + j, c_stride,
+            dot_block<R, K>(column(v + r * v_stride, j), apart * v_stride, column(c, j), c_stride,
                             least(m - j, kChunk), mine ? ahead.rows + r * v_stride : nullptr,
                             {sums.at(r, 0), apart * sums.row, sums.identity});
     }
     for (int64_t r = R * apart; r < rows; ++r)
         for (int64_t j = 0; j < m; j += kChunk)
-            dot_block<1, K, T>(column(v + r * v_stride, j), v_stride, c + j, c_stride,
+            dot_block<1, K, T>(column(v + r * v_stride, j), v_stride, column(c, j), c_stride,
                                least(m - j, kChunk), nullptr,
                                {sums.at(r, 0), sums.row, sums.identity});
 }
 
-template <class T>
-inline void dot_groups(const T* v, int64_t v_stride, int64_t rows, const float* c,
-                       int64_t c_stride, int64_t k, int64_t m, const T* next, Sums sums) {
+template <class T, class C>
+inline void dot_groups(const T* v, int64_t v_stride, int64_t rows, const C* c, int64_t c_stride,
+                       int64_t k, int64_t m, const T* next, Sums sums) {
     Ahead<T> ahead{next, 0, ceil_div(k, kIdentities)};
     for (int64_t i = 0; i < k; i += kIdentities, ++ahead.turn) {
-        const float* ci = c + i * c_stride;
+        const C* ci = c + i * c_stride;
         const Sums si{sums.at(0, i), sums.row, sums.identity};
         switch (k - i) {
             case 1: dot_rows<1>(v, v_stride, rows, ci, c_stride, m, ahead, si); break;
@@ -111,9 +117,9 @@ inline void dot_groups(const T* v, int64_t v_stride, int64_t rows, const float* 
 // sums[r, i] += <V[r], c[i]> for all rows and k identities. One group of identities reads rows
 // from end to end, as there is nothing to come back for; several pass over a chunk of columns,
 // kDotTile rows of it at a time, while memory fetches what comes next.
-template <class T>
-inline void dot(const T* v, int64_t v_stride, int64_t rows, const float* c, int64_t c_stride,
-                int64_t k, int64_t m, Sums sums) {
+template <class T, class C>
+inline void dot(const T* v, int64_t v_stride, int64_t rows, const C* c, int64_t c_stride, int64_t k,
+                int64_t m, Sums sums) {
     if (k <= kIdentities) {
         dot_groups<T>(v, v_stride, rows, c, c_stride, k, m, nullptr, sums);
         return;
@@ -122,7 +128,7 @@ inline void dot(const T* v, int64_t v_stride, int64_t rows, const float* c, int6
         for (int64_t j = 0; j < m; j += kChunk) {
             const T* here = column(v + r * v_stride, j);
             const T* next = j + kChunk < m ? column(here, kChunk) : v + (r + kDotTile) * v_stride;
-            dot_groups(here, v_stride, least(rows - r, kDotTile), c + j, c_stride, k,
+            dot_groups(here, v_stride, least(rows - r, kDotTile), column(c, j), c_stride, k,
                        least(m - j, kChunk), next, {sums.at(r, 0), sums.row, sums.identity});
         }
 }

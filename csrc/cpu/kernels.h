@@ -22,5 +22,7 @@ namespace w2w::cpu {
 W2W_KERNELS(portable)
 W2W_KERNELS(avx2)
 W2W_KERNELS(avx512)
+W2W_KERNELS(avx512_vnni)  // reconstruct alone
+W2W_KERNELS(avx512_bf16)
 
 }  // namespace w2w::cpu

@@ -1,8 +1,7 @@
 // reconstruct, rows of V in tiles. Compiled once per instruction set.
 #include "../reconstruct.h"
 
-#include "dot.h"
-#include "work.h"
+#include "coefficients.h"
 
 namespace w2w::cpu::W2W_ISA {
 namespace {
@@ -26,11 +25,11 @@ inline void epilogue(const ReconstructParams& p, int64_t first, int64_t rows, co
 
 // Rows [begin, begin + rows); sums: scratch for rows * k numbers.
 template <class T>
-inline void piece(const ReconstructParams& p, const float* c, int64_t begin, int64_t rows,
-                  float* sums) {
+inline void piece(const ReconstructParams& p, const Coefficients<T>& c, int64_t begin,
+                  int64_t rows, float* sums) {
     const T* v = static_cast<const T*>(p.basis.rows) + begin * p.basis.stride;
     std::memset(sums, 0, static_cast<std::size_t>(rows * p.k) * sizeof(float));
-    dot(v, p.basis.stride, rows, c, p.basis.m, p.k, p.basis.m, Sums{sums, 1, rows});
+    c.multiply(v, p.basis.stride, rows, sums);
     with_real(p.out_dtype, [&](auto out) { epilogue<decltype(out)>(p, begin, rows, sums); });
 }
 
@@ -52,10 +51,9 @@ void reconstruct(const ReconstructParams& p, int threads) {
     const int64_t wanted = least(kBytesPerPiece / bytes, kSumsPerPiece / p.k);
     const int64_t step = most(1, wanted / kDotTile) * kDotTile;
     const int64_t workers = useful_workers(threads, d * bytes * groups);
-    const Floats sums(workers * step * p.k), c(p.k * p.basis.m);
+    const Floats sums(workers * step * p.k);
     with_basis(p.basis.dtype, [&](auto number) {
-        for (int64_t i = 0; i < p.k; ++i)
-            pack<decltype(number)>(p.c + i * p.c_stride, 1, p.basis.m, c + i * p.basis.m);
+        const Coefficients<decltype(number)> c(p.c, p.c_stride, p.k, p.basis.m);
         for_pieces(ceil_div(d, step), workers, [&](int64_t i, int64_t worker) {
             piece<decltype(number)>(p, c, i * step, least(d - i * step, step),
                                     sums + worker * step * p.k);

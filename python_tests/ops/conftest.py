@@ -4,6 +4,8 @@ By default what this process can run: torch, the native extension where it is bu
 machine with a GPU cuda and triton there. Without one the same tests run on what stands for it:
 W2W_TEST_BACKENDS=triton with TRITON_INTERPRET=1 on Triton's interpreter (test_triton.py), and
 W2W_TEST_BACKENDS=cuda with W2W_EMULATED, the extension built for the emulator (test_cuda.py).
+Tests that take ``isa`` run on each instruction set of this machine's CPU, or of the CPU that
+W2W_EMULATED stands for (test_isa.py).
 """
 
 from __future__ import annotations
@@ -42,3 +44,13 @@ def backend(request, monkeypatch):
         pytest.skip(f"{name}: {reason}")
     monkeypatch.setenv("W2W_BACKEND", name)
     return name
+
+
+@pytest.fixture(params=_dispatch.native().cpu_features()["supported"] if _dispatch.native() else [])
+def isa(request):
+    """An instruction set that the compiled CPU kernels run on during the test."""
+    native = _dispatch.native()
+    before = native.cpu_features()["isa"]
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)

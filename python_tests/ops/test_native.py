@@ -29,14 +29,6 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 BASES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = native.cpu_features()["isa"]
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
 @contextlib.contextmanager
 def threads(count):
     before = torch.get_num_threads()
