@@ -244,9 +244,9 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_public_names_are_the_functions():
-    from w2w_fast.verbs import edit, fit, generate, invert, populate, sample
+    from w2w_fast.verbs import edit, fit, generate, generate_to, invert, populate, sample
 
-    for module in (edit, fit, generate, invert, populate, sample):
+    for module in (edit, fit, generate, generate_to, invert, populate, sample):
         name = module.__name__.rpartition(".")[2]
         assert getattr(w2w, name) is getattr(module, name)
     assert callable(w2w.attach) and w2w.attach.__name__ == "attach"

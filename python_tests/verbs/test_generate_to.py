@@ -355,6 +355,7 @@ def test_a_table_cannot_name_files_elsewhere(tmp_path, whole):
     [
         ({"prompts": []}, "a prompt"),
         ({"prompts": ["x" * 10_001]}, "10,000"),
+        ({"prompts": ["x" * 9000] * 1000}, "8 MiB"),
         ({"per_identity": 0}, "1 to 1,000,000 images"),
         ({"per_identity": 10**6}, "1 to 1,000,000 images"),
         ({"edits": "wings=1"}, "wings"),

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from ..sharing import share
 from ..space import WeightSpace
 from .edit import edit, parse_amounts
 from .generate import generate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def generate_to(
@@ -81,25 +84,18 @@ def generate_to(
     if type(each) is not int or not 1 <= n <= gallery.MOST_IMAGES or not prompts:
         raise InputError(
             f"wanted 1 to {gallery.MOST_IMAGES:,} images and a prompt, got {len(coefficients):,} "
-            f"people x {each:,} and {len(prompts)} prompts"
+            f"people x {each!r} and {len(prompts)} prompts"
         )
     if format not in gallery.SUFFIXES:
         raise InputError(f"format: wanted one of {', '.join(gallery.SUFFIXES)}, got {format!r}")
     check_prompts(prompts)
+    if len(json.dumps(prompts)) > 8 << 20:  # they go into the record, which is read as a whole
+        raise InputError(f"prompts: wanted at most 8 MiB in all, got {len(prompts):,} prompts")
     check_seed(seed)
     check_seed(seed + n - 1)
-    amounts, hold = parse_amounts(edits)
-    if edits and not amounts:
-        raise InputError(f"edits: {edits!r}: wanted attribute=amount, as in beard=+1.5")
-    people = edit(space, coefficients, amounts, hold=hold)
-    if not isinstance(strength, (int, float)) or not isinstance(start, (int, type(None))):
-        raise InputError(f"wanted numbers, got strength {strength!r} and start {start!r}")
-    if start is None and before is not None or start is not None and before is None and not edits:
-        raise InputError("start: wanted with before or edits, and before with start")
-    first = None if start is None else coefficients if before is None else before
-    if first is not None and first.shape != people.shape:
-        wanted, got = list(people.shape), list(first.shape)
-        raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
+    people, first = _people(space, coefficients, edits, before, start)
+    if not isinstance(strength, (int, float)):
+        raise InputError(f"strength: wanted a number, got {strength!r}")
     settings = {
         "steps": steps, "guidance": guidance, "identity_guidance": identity_guidance,
         "strength": strength,
@@ -125,37 +121,69 @@ def generate_to(
         prompt = prompts[i % each % len(prompts)]
         return {"row": i // each, "prompt": prompt, "seed": seed + i, **made}
 
-    draft = Draft(out, n, batch, format, record)
+    def make(i: range) -> list[Image]:
+        rows = [record(j) for j in i]
+        who = [row["row"] for row in rows]
+        return generate(
+            space, pipe, people[who], [row["prompt"] for row in rows],
+            seeds=[row["seed"] for row in rows], before=None if first is None else first[who],
+            **options,
+        )  # fmt: skip
+
     if gallery.is_finished(out) and not any(out.glob(".*")):
         return gallery.open_gallery(out)
+    draft = Draft(out, n, batch, format, record)
+    with tqdm(total=n, unit="image", desc="generate", disable=not progress) as bar:
+        _work(draft, make, lambda i: bar.update(len(i)))
+    draft.finish()
+    return gallery.open_gallery(out, verify=False)
 
-    def write(piece: int, images: list, held: ExitStack) -> None:
+
+def _work(draft: Draft, make: Callable[[range], list[Image]], told: Callable[[range], Any]) -> None:
+    """Make every piece that nobody else does; a thread writes one while the next is made.
+
+    Adapters are not reconstructed ahead: of 32 people of the world that ships that is 3 ms, and
+    their pictures take seconds.
+    """
+
+    def write(piece: int, images: list[Image], held: ExitStack) -> None:
         with held:
             draft.write(piece, images)
 
-    bar = tqdm(total=n, unit="image", desc="generate", disable=not progress)
-    with bar, ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(1) as background:
         written: Future | None = None
-        for piece, lock in share(
-            out, draft.pieces, done=draft.done, seen=lambda i: bar.update(len(draft.rows(i)))
-        ):
+        pieces = share(
+            draft.folder, draft.pieces, done=draft.done, seen=lambda piece: told(draft.rows(piece))
+        )
+        for piece, lock in pieces:
             with ExitStack() as held:
                 held.enter_context(lock)
-                rows = [record(i) for i in draft.rows(piece)]
-                who = [row["row"] for row in rows]
-                images = generate(
-                    space, pipe, people[who], [row["prompt"] for row in rows],
-                    seeds=[row["seed"] for row in rows],
-                    before=None if first is None else first[who], **options,
-                )  # fmt: skip
+                images = make(draft.rows(piece))
                 if written is not None:
                     written.result()
                 written = background.submit(write, piece, images, held.pop_all())
-            bar.update(len(rows))
+            told(draft.rows(piece))
         if written is not None:
             written.result()
-    draft.finish()
-    return gallery.open_gallery(out, verify=False)
+
+
+def _people(
+    space: WeightSpace, coefficients: Tensor, edits: str, before: Tensor | None, start: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Who they are, edited, and who they are before a delayed edit sets in, [k, m] both."""
+    amounts, hold = parse_amounts(edits)
+    if edits and not amounts:
+        raise InputError(f"edits: {edits!r}: wanted attribute=amount, as in beard=+1.5")
+    people = edit(space, coefficients, amounts, hold=hold)
+    if start is None and before is None:
+        return people, None
+    if type(start) is not int or (before is None and not edits):
+        raise InputError(f"start: wanted a timestep, with before or edits, got {start!r}")
+    first = coefficients if before is None else before
+    if first.shape != people.shape:
+        wanted, got = list(people.shape), list(first.shape)
+        raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
+    return people, first
 
 
 def recorded(out: str | Path) -> dict[str, Any]:
