@@ -150,8 +150,8 @@ def near(name, got, want, part=2e-4):
 
 @pytest.mark.parametrize("case", KINDS, indirect=True)
 def test_each_person_of_a_batch_is_as_peft_draws_him_alone(case, layout):
-    w, before = adapters(layout, 3), trace(case.model)
-    base, order = case.draw([0, 1, 2]), [2, 0, 1]
+    w, base, order = adapters(layout, 3), case.draw([0, 1, 2]), [2, 0, 1]
+    before = trace(case.model)  # once it has drawn: diffusers hangs things on a model by then
     with attach(case.pipe, layout, adapters=w) as live:
         together = case.draw([0, 1, 2])
         live.adapters = w[order]
