@@ -81,7 +81,7 @@ def test_inversion_finds_more_than_chance(world):
 
 def test_needs_no_network_and_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "WORLD", Path(tmp_path))
-    with pytest.raises(demo.InputError, match="demo.build"):
+    with pytest.raises(demo.InputError, match="demo --rebuild"):
         demo.space()
 
 
