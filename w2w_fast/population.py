@@ -152,12 +152,6 @@ def finish(
     write_manifest(folder)
 
 
-def blocks(shards: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
-    """The rows of all shards, at most ``rows`` at a time, in order."""
-    for shard in shards:
-        yield from shard.split(rows)
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """population.json, of a finished population or one in the making."""
     return sharing.read_record(folder / RECORD, FORMAT, VERSION, "population")

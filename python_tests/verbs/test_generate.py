@@ -151,3 +151,19 @@ def test_refuses_people_of_another_space_and_unknown_schedulers(space, pipe, peo
     for name in ("NoSuchScheduler", "StableDiffusionPipeline", "torch"):
         with pytest.raises(InputError, match="DDIMScheduler"):
             named_scheduler(name, pipe)
+
+
+@pytest.mark.parametrize("identity_guidance", [False, True])
+def test_in_a_pipeline_whose_unet_is_compiled(space, pipe, identity_guidance):
+    people, plain = sample(space, 2, seed=0), pipe.unet
+    options = {
+        "steps": 2, "guidance": 3.0, "identity_guidance": identity_guidance, "progress": False
+    }  # fmt: skip
+    want = generate(space, pipe, people, **options)
+    try:
+        pipe.unet = torch.compile(plain, backend="eager", fullgraph=True)
+        got = generate(space, pipe, people, **options)
+    finally:
+        pipe.unet = plain
+    for one, other in zip(got, want, strict=True):
+        assert abs(as_array(one) - as_array(other)).max() <= 1
