@@ -38,7 +38,7 @@ def demo(
         bool,
         typer.Option(
             "--rebuild",
-            help="Instead: make the embedded world again, from nothing, into --out. About two "
+            help="Instead: make the embedded world again, from nothing, into --out. Two to four "
             "hours on two cores; goes on where it was killed.",
         ),
     ] = False,

@@ -1,7 +1,7 @@
 """Train the base model of the embedded world: a complete StableDiffusionPipeline for 64 px faces.
 
-Three stages, each seeded and each kept when it exists, so that a killed build goes on where it
-was: the autoencoder (pixels to 16 x 16 x 8 latents), the text side (a byte-pair tokenizer whose
+Seeded, and checkpointed every hundred steps, so that a killed build goes on where it was: the
+autoencoder (pixels to 16 x 16 x 8 latents), the text side (a byte-pair tokenizer whose
 merges spell the world's vocabulary), and the denoiser with its text encoder (v-prediction,
 cosine schedule, caption dropout). Nothing here is special to the world once it is saved: the
 directory loads with `StableDiffusionPipeline.from_pretrained`.
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import render
+from .steps import fast_autocast, train_steps
 
 MAX_TOKENS = 24
 LATENT_CHANNELS = 12
@@ -41,19 +42,6 @@ def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return persons, conditions, render.render(persons, conditions)
 
 
-def train_steps(parameters: list[Tensor], steps: int, lr: float, name: str):
-    """Yield the step number; after each, apply AdamW under a one-cycle schedule."""
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, steps, pct_start=0.08)
-    bar = tqdm(range(steps), desc=name, mininterval=5)
-    for step in bar:
-        optimiser.zero_grad(set_to_none=True)
-        yield step, bar
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-
-
 def small_picture(x: Tensor) -> Tensor:
     """What the latents are taught to be: the picture at half its size, as a Haar transform.
 
@@ -67,7 +55,9 @@ def small_picture(x: Tensor) -> Tensor:
     return torch.einsum("ij,ncjhw->ncihw", haar, half).flatten(1, 2)
 
 
-def train_encoder(steps: int = 400, batch: int = 32, seed: int = 1) -> AutoencoderKL:
+def train_encoder(
+    checkpoints: Path, steps: int = 400, batch: int = 32, seed: int = 1
+) -> AutoencoderKL:
     """A tiny AutoencoderKL whose encoder has learnt `small_picture`; its decoder knows nothing."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
@@ -82,10 +72,11 @@ def train_encoder(steps: int = 400, batch: int = 32, seed: int = 1) -> Autoencod
         scaling_factor=1.0,  # half-size pictures have the spread that diffusion wants
     ).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
-    encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
-    for step, bar in train_steps(encoder, steps, 3e-3, "encoder"):
+    encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
+    checkpoint = checkpoints / "encoder.safetensors"
+    for step, bar in train_steps(encoder, steps, 3e-3, checkpoint, generator):
         x = images_to_unit(draw(batch, generator)[2])
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             posterior = vae.encode(x).latent_dist
         error = posterior.mean.float() - small_picture(x)
         loss = error.abs().mean() + error.square().mean() + 3e-7 * posterior.kl().mean()
@@ -95,13 +86,16 @@ def train_encoder(steps: int = 400, batch: int = 32, seed: int = 1) -> Autoencod
     return vae
 
 
-def train_decoder(vae: AutoencoderKL, steps: int = 1500, batch: int = 24, seed: int = 4) -> None:
+def train_decoder(
+    vae: AutoencoderKL, checkpoints: Path, steps: int = 1500, batch: int = 24, seed: int = 4
+) -> None:
     """Teach the decoder pictures from latents, a little noisy as those that were denoised are."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    for step, bar in train_steps(decoder, steps, 3e-3, "decoder"):
+    decoder = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    checkpoint = checkpoints / "decoder.safetensors"
+    for step, bar in train_steps(decoder, steps, 3e-3, checkpoint, generator):
         x = images_to_unit(draw(batch, generator)[2])
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             with torch.no_grad():
                 z = vae.encode(x).latent_dist.mode()
             spread = 0.1 * torch.rand(batch, 1, 1, 1, generator=generator)
@@ -185,7 +179,7 @@ def _encoded(
     parts = []
     for start in tqdm(range(0, n, 256), desc="photographs", mininterval=5):
         persons, conditions, images = draw(min(256, n - start), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             mode = vae.encode(images_to_unit(images)).latent_dist.mode()
         parts.append((persons, conditions, (mode * vae.config.scaling_factor).bfloat16()))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -194,6 +188,7 @@ def _encoded(
 def train_denoiser(
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
+    checkpoints: Path,
     steps: int = 3600,
     batch: int = 48,
     photos: int = 30_000,
@@ -243,14 +238,15 @@ def train_denoiser(
         both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     )
     running = 1.0
-    for _, bar in train_steps(list(both.parameters()), steps, 2e-3, "denoiser"):
+    checkpoint = checkpoints / "denoiser.safetensors"
+    for _, bar in train_steps(both, steps, 2e-3, checkpoint, generator, average):
         pick = torch.randint(0, photos, (batch,), generator=generator)
         ids = tokens(tokenizer, _captions(persons[pick], conditions[pick], generator))
         clean = latents[pick].float()
         noise = torch.randn(clean.shape, generator=generator)
         t = torch.randint(0, 1000, (batch,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             prediction = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
         loss = F.mse_loss(prediction.float(), scheduler.get_velocity(clean, noise, t))
         loss.backward()
@@ -263,10 +259,11 @@ def train_denoiser(
 
 def build(out: Path) -> None:
     """The whole pipeline directory `out`. The encoder first: the denoiser needs no decoder."""
-    tokenizer = make_tokenizer(out.with_name(out.name + "-tokenizer"))
-    vae = train_encoder()
-    unet, text_encoder, scheduler = train_denoiser(vae, tokenizer)
-    train_decoder(vae)
+    checkpoints = out.with_name("training")
+    tokenizer = make_tokenizer(checkpoints / "tokenizer")
+    vae = train_encoder(checkpoints)
+    unet, text_encoder, scheduler = train_denoiser(vae, tokenizer, checkpoints)
+    train_decoder(vae, checkpoints)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -1,8 +1,9 @@
 """Build the embedded world from nothing: `w2w demo --rebuild --out OUT`.
 
-Each stage is kept in OUT and skipped when it is there, and `populate` resumes by shards, so that
-a killed build goes on where it was: base model, reader, a first small population whose mean
-adapter everybody then starts from, the population, the space. Two cores need about two hours.
+Each stage is kept in OUT and skipped when it is there, training is checkpointed in OUT/training
+and `populate` resumes by shards, so that a killed build goes on where it was: base model, reader, a
+first small population whose mean adapter everybody then starts from, the population, the space.
+Two cores need two to four hours.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..files import read_tensors, write_tensors
 from . import render
+from .steps import fast_autocast, train_steps
 
 EMBEDDING = 32
 _HEADS = (len(render.BINARY), len(render.CONTINUOUS), len(render.PLACES), 1, 1, EMBEDDING)
@@ -136,18 +137,17 @@ def _broken(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def train_reader(out: Path, steps: int = 900, pairs: int = 48, seed: int = 3) -> Reader:
     """Train on `pairs` people with two photographs each a step; the photographs are drawn anew."""
-    from .base import train_steps
-
     torch.manual_seed(seed)
     reader = Reader().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(2 * pairs).roll(pairs)
-    for step, bar in train_steps(list(reader.parameters()), steps, 2e-3, "reader"):
+    checkpoint = out.with_name("training") / "reader.safetensors"
+    for step, bar in train_steps(reader, steps, 2e-3, checkpoint, generator):
         persons = render.people(pairs, generator).repeat(2, 1)
         conditions = render.conditions(2 * pairs, generator)
         x = _disturb(render.render(persons, conditions), generator)
         broken = _broken(x[: pairs // 2], generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             every = reader(torch.cat([x, broken]).contiguous(memory_format=torch.channels_last))
         every = [answer.float() for answer in every]
         binary, continuous, place, yaw, _, embedding = (a[: 2 * pairs] for a in every)
