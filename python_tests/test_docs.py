@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from embed_cases import style_lora
 from PIL import Image
-from test_embed import style_lora
 from tiny_pipes import make_controlnet, make_sd3, make_xl
 from tiny_world import SIZE, make_pipe, make_space, photographs
 from unet_inputs import adapters
