@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from embed_cases import style_lora
 from PIL import Image
-from test_embed import style_lora
 from tiny_pipes import make_controlnet, make_sd3, make_xl
 from tiny_world import SIZE, make_pipe, make_space, photographs
 from unet_inputs import adapters
@@ -26,7 +26,8 @@ def run_page(name: str, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def test_embed(tmp_path):
+def test_embed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes a file
     pipe = make_pipe(tmp_path / "sd")
     picture = Image.fromarray(photographs(1)[0].permute(1, 2, 0).numpy())
     pipes = {"pipe": pipe, "sdxl": make_xl(tmp_path / "xl"), "dit": make_sd3(tmp_path / "sd3")}
@@ -49,6 +50,8 @@ def test_embed(tmp_path):
         "redrawn": 2, "filled": 2, "same_pose": 2, "drawn_in_style": 2, "morph": 5, "large": 2,
     }  # fmt: skip
     assert {name: len(ran[name]) for name in drawn} == drawn
+    written = w2w.read_adapter(tmp_path / "me.safetensors")
+    assert set(written.modules) == set(ran["layout"].names)
     for each in pipes.values():
         model = getattr(each, "unet", None) or each.transformer
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,148 +1,39 @@
 """attach inside pipelines of every kind, against PEFT, beside what else a user puts on a model."""
 
-import copy
-
-import accelerate
-import awkward
 import pytest
 import torch
-from diffusers import (
-    CogView4Pipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionXLImg2ImgPipeline,
+from diffusers import CogView4Pipeline
+from embed_cases import (
+    KINDS,
+    PROMPTS,
+    TARGETS,
+    make_bases,
+    make_case,
+    near,
+    style_lora,
+    trace,
 )
-from diffusers.hooks import apply_group_offloading
-from PIL import Image
-from tiny_pipes import (
-    WIDTH,
-    add_ip_adapter,
-    make_cogview4,
-    make_controlnet,
-    make_pixart,
-    make_sd3,
-    make_xl,
-)
-from tiny_world import make_pipe, make_space, photographs, tree
-from torch import nn
-from unet_inputs import adapters, state_hash, with_peft
+from tiny_world import make_space
+from unet_inputs import adapters, with_peft
 
 import w2w_fast as w2w
 from w2w_fast import InputError, Layout, attach
 from w2w_fast.testing import assert_close
 
-PROMPTS = ["sks person, at the beach", "sks person", "sks person, at night"]
-PICTURE = Image.fromarray(photographs(1)[0].permute(1, 2, 0).numpy())
-MASK = Image.fromarray((photographs(1, seed=1)[0, 0] > 128).numpy())
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_v_proj")
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """One pipeline of each architecture; tests work on copies."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    return {
-        "sd": make_pipe(folder / "sd"),
-        "xl": make_xl(folder / "xl"),
-        "sd3": make_sd3(folder / "sd3"),
-        "pixart": make_pixart(),
-        "cogview4": make_cogview4(),
-    }
-
-
-class Case:
-    """A pipeline and how it is called: ``draw(people, ...)`` gives latents [k, 4, 8, 8]."""
-
-    def __init__(self, pipe, options=None, embeds=None):
-        self.pipe, self.options, self.embeds = pipe, options or {}, embeds
-        self.model = getattr(pipe, "unet", None) or pipe.transformer
-
-    def draw(self, people, each=1, guidance=3.0, **more):
-        """Prompt, noise and embeddings i belong to person i, whoever else is in the batch."""
-        if self.embeds is None:
-            text = {"prompt": [PROMPTS[i] for i in people]}
-        else:
-            text = {name: t[people] for name, t in self.embeds.items()}
-        options = {"num_inference_steps": 2, "output_type": "latent", **self.options, **more}
-        for name, value in options.items():
-            if isinstance(value, list):  # a picture a row: one for all uses the first row's noise
-                options[name] = value * len(people) * each
-            elif isinstance(value, torch.Tensor):  # IP-Adapter's [without, with]
-                options[name] = [value.repeat_interleave(len(people), 0)]
-        return self.pipe(
-            **text,
-            guidance_scale=guidance,
-            num_images_per_prompt=each,
-            generator=[torch.Generator().manual_seed(i) for i in people for _ in range(each)],
-            **options,
-        ).images
-
-
-def embeds(mask):
-    names = ["prompt_embeds", "negative_prompt_embeds"]
-    made = {name: awkward.normal(3, 6, WIDTH, seed=i) for i, name in enumerate(names)}
-    masks = ["prompt_attention_mask", "negative_prompt_attention_mask"] if mask else []
-    return made | {name: torch.ones(3, 6) for name in masks}
-
-
-KINDS = [
-    "text", "img2img", "inpaint", "controlnet", "ip-adapter", "xl", "xl-img2img", "sd3", "pixart",
-    "cogview4",
-]  # fmt: skip
-
-
-def make_case(kind, bases):
-    base = {"xl-img2img": "xl"}.get(kind, kind if kind in bases else "sd")
-    pipe = copy.deepcopy(bases[base])
-    if kind == "img2img":
-        options = {"image": [PICTURE], "strength": 1.0}
-        return Case(StableDiffusionImg2ImgPipeline.from_pipe(pipe), options)
-    if kind == "inpaint":
-        options = {"image": [PICTURE], "mask_image": [MASK], "height": 16, "width": 16}
-        return Case(StableDiffusionInpaintPipeline.from_pipe(pipe), options)
-    if kind == "controlnet":
-        net = make_controlnet(pipe.unet)
-        return Case(
-            StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=net), {"image": PICTURE}
-        )
-    if kind == "ip-adapter":
-        add_ip_adapter(pipe.unet)
-        face = awkward.normal(2, 1, 12, seed=7)  # without, with
-        return Case(pipe, {"ip_adapter_image_embeds": face})
-    if kind == "xl-img2img":
-        options = {"image": [PICTURE], "strength": 1.0}
-        return Case(StableDiffusionXLImg2ImgPipeline.from_pipe(pipe), options)
-    if kind in ("pixart", "cogview4"):
-        size = {"height": 16, "width": 16, **({"prompt": None} if kind == "cogview4" else {})}
-        if kind == "pixart":
-            size |= {"use_resolution_binning": False, "negative_prompt": None}
-        return Case(pipe, size, embeds(mask=kind == "pixart"))
-    return Case(pipe)
+    return make_bases(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture
 def case(request, bases):
-    case = make_case(getattr(request, "param", "text"), bases)
-    case.pipe.set_progress_bar_config(disable=True)
-    return case
+    return make_case(getattr(request, "param", "text"), bases)
 
 
 @pytest.fixture
 def layout(case):
     return Layout.discover(case.model, TARGETS, rank=2, alpha=3.0)
-
-
-def trace(model):
-    """Everything that attaching could leave behind."""
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    inside = [(name, type(m), sorted(vars(m))) for name, m in model.named_modules()]
-    return state_hash(model), hooks, inside
-
-
-def near(name, got, want, part=2e-4):
-    """Batches of other sizes sum in other orders, and two steps amplify it."""
-    assert_close(name, got, want, part * float(want.abs().max()))
 
 
 # --- every kind of pipeline
@@ -317,17 +208,6 @@ def test_a_blend_of_two_is_between_them(case, space):
     peft.unload()
 
 
-def style_lora(unet):
-    """A LoRA that somebody else trained, of more modules and another rank, in diffusers' keys."""
-    layout = Layout.discover(unet, ("to_q", "to_k", "to_v", "to_out.0"), rank=3, alpha=3.0)
-    parts = layout.split(adapters(layout, 1, seed=8)[0])
-    return {
-        f"unet.{name}.lora_{letter}.weight": tensor.clone()
-        for name, pair in parts.items()
-        for letter, tensor in zip("AB", pair, strict=True)
-    }
-
-
 @pytest.mark.parametrize("case", ["text", "xl", "controlnet"], indirect=True)
 @pytest.mark.parametrize("style_first", [True, False])
 def test_a_style_lora_beside(case, space, tmp_path, style_first):
@@ -356,109 +236,3 @@ def test_a_style_lora_beside(case, space, tmp_path, style_first):
     pipe.unload_lora_weights()
     assert trace(case.model)[0] == plain
     assert (got - alone).abs().max() > 0.01 * alone.abs().max()
-
-
-# --- what else happens to a model
-
-
-@pytest.mark.parametrize("case", ["text", "sd3"], indirect=True)
-def test_saving_and_moving_inside(case, layout, tmp_path):
-    w, text = adapters(layout, 2), [0, 1]
-    case.draw(text)  # a tokenizer's file keeps how it padded last
-    case.pipe.save_pretrained(tmp_path / "before")
-    with attach(case.pipe, layout, adapters=w):
-        case.draw(text)
-        case.pipe.save_pretrained(tmp_path / "inside")
-        assert tree(tmp_path / "inside") == tree(tmp_path / "before")
-        case.pipe.to(torch.bfloat16)
-        moved = case.draw(text)
-        assert moved.dtype == torch.bfloat16
-        case.pipe.to(torch.float32)
-        wide = case.draw(text)
-    near("bfloat16", moved.float(), wide, 0.2)
-    with attach(case.pipe, layout, adapters=w):  # whose base went through bfloat16 as well
-        assert torch.equal(case.draw(text), wide)
-
-
-def offload(how, model):
-    """Offloading as far as a machine without an accelerator has it."""
-    if how == "hook":  # of enable_model_cpu_offload
-        accelerate.cpu_offload_with_hook(model, execution_device="cpu")
-    elif how == "sequential":  # weights on meta but for their own forward
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        place = torch.device("cpu")
-        apply_group_offloading(model, place, place, offload_type=how.split()[1] + "_level")
-
-
-@pytest.mark.parametrize("how", ["hook", "sequential", "group leaf"])
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("case", ["text", "sd3"], indirect=True)
-def test_offloaded(case, layout, how, first):
-    w = adapters(layout, 2)
-    with attach(case.pipe, layout, adapters=w):
-        want = case.draw([0, 1])
-    if first:
-        offload(how, case.model)
-    with attach(case.pipe, layout, adapters=w, strength=1.0):
-        if not first:
-            offload(how, case.model)
-        assert torch.equal(case.draw([0, 1]), want)
-    if how == "sequential":
-        with pytest.raises(InputError, match="merged: weights of .* quantised or offloaded"):
-            attach(case.pipe, layout, merged=True)
-
-
-class Int8Linear(nn.Module):
-    """A Linear whose weight is stored as integers, as bitsandbytes and torchao do."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.step = float(linear.weight.abs().max()) / 127
-        weight = (linear.weight / self.step).round().to(torch.int8)
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
-
-
-class Beside(nn.Module):
-    """Any Linear and one adapter, by definition."""
-
-    def __init__(self, linear, A, B):
-        super().__init__()
-        self.linear, self.A, self.B = linear, A, B
-
-    def forward(self, x):
-        return self.linear(x) + x @ self.A.T @ self.B.T
-
-
-def replace(model, names, make):
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, make(name, model.get_submodule(name)))
-
-
-@pytest.mark.parametrize("kind", ["integers", "torch.ao"])
-@pytest.mark.parametrize("case", ["text", "pixart"], indirect=True)
-def test_over_a_quantised_base(case, layout, kind):
-    w = adapters(layout, 1)
-    if kind == "integers":
-        replace(case.model, layout.names, lambda name, linear: Int8Linear(linear))
-    else:
-        torch.ao.quantization.quantize_dynamic(case.model, {nn.Linear}, torch.qint8, inplace=True)
-    before = case.draw([0, 1])
-    with attach(case.pipe, layout, adapters=w.expand(2, -1)):
-        got = case.draw([0, 1])
-    assert torch.equal(case.draw([0, 1]), before)
-    with pytest.raises(InputError, match="merged: weights of .* quantised or offloaded"):
-        attach(case.pipe, layout, merged=True)
-    parts = layout.split(w[0])
-    replace(
-        case.model,
-        layout.names,
-        lambda name, linear: Beside(linear, parts[name][0], parts[name][1] * layout.scale),
-    )
-    near("output", got, case.draw([0, 1]), 0.02 if kind == "torch.ao" else 2e-4)
-    assert (got - before).abs().max() > 0.02 * before.abs().max()

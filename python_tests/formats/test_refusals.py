@@ -322,7 +322,7 @@ class TestExport:
         assert metadata["who"] == "me" and metadata["ss_network_dim"] == "2"
 
     def test_name_that_kohya_cannot_hold(self, tmp_path):
-        layout = Layout((Module("blocks.0.my_attention.q_proj", 8, 6),), rank=2, alpha=4.0)
+        layout = Layout((Module("up_blocks.0.my_attention.q_proj", 8, 6),), rank=2, alpha=4.0)
         with pytest.raises(InputError, match="q_proj.*diffusers"):
             formats.export(layout, torch.ones(28), tmp_path / "x.safetensors")
         formats.export(layout, torch.ones(28), tmp_path / "x.safetensors", format="diffusers")

@@ -136,8 +136,8 @@ def export(
     """Write one identity as a LoRA that other tools load; returns the path.
 
     space_or_layout: a WeightSpace with c [m] or [1, m], or a Layout with w [d] or [1, d].
-    format: "kohya" (one file; diffusers, A1111/Forge, ComfyUI), "diffusers" (one file) or "peft" (a
-        directory).
+    format: "kohya" (one file; diffusers, A1111/Forge, ComfyUI), "diffusers" (one file; a DiT's too)
+        or "peft" (a directory).
     The file says alpha = rank; the layout's scale and the strength are in B, so every tool that
     takes alpha / rank, and every tool that ignores it, computes the same. Written atomically; a
     file is replaced, a PEFT directory must be new or empty.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..layout import _STAGES
 
 TEXT_ENCODER = ""
 """What a format's `parse` returns as the module of a text encoder's key."""
@@ -40,6 +41,11 @@ class Adapter:
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, ascending."""
         return tuple(sorted({a.shape[0] for a, _ in self.modules.values()}))
+
+
+def of_unet(modules: Iterable[str]) -> bool:
+    """Whether modules are a UNet's (its attentions stand in down, mid and up blocks) or a DiT's."""
+    return any(name.split(".", 1)[0] in _STAGES for name in modules)
 
 
 def alpha_over_rank(module: str, rank: int, alpha: float | None) -> float:
@@ -74,7 +80,9 @@ def collect(
         elif (other := keys.setdefault(module, {}).setdefault(part, key)) != key:
             raise InputError(f"{path}: keys {other!r} and {key!r} are the same {part} of {module}")
     if not keys:
-        raise InputError(f"{path}: no LoRA of a UNet in it ({text} text encoder keys); {wanted}")
+        raise InputError(
+            f"{path}: no LoRA of a UNet or transformer in it ({text} text encoder keys); {wanted}"
+        )
 
     modules = {}
     for module, parts in keys.items():

@@ -5,7 +5,7 @@
     [unet.]<attention>.processor.to_q_lora.down.weight     scale 1; to_out_lora is to_out.0
 
 The metadata's `lora_adapter_metadata` is JSON: the fields of a PEFT LoraConfig, each with "unet."
-in front.
+in front. A DiT's file has "transformer." for "unet." in both.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import peft
-from .adapter import TEXT_ENCODER, Adapter, alpha_over_rank, collect
+from .adapter import TEXT_ENCODER, Adapter, alpha_over_rank, collect, of_unet
 
 WANTED = "wanted 'unet.<module>.lora_A.weight' and '.lora_B.weight' (or '.lora.down.weight', '.up')"
 
 _METADATA = "lora_adapter_metadata"
 _KEY = re.compile(
-    r"(?:unet\.)?(?P<module>[\w.]+?)(?:\.lora_(?P<new>[AB])|\.lora\.(?P<old>down|up)"
+    r"(?:unet\.|transformer\.)?(?P<module>[\w.]+?)(?:\.lora_(?P<new>[AB])|\.lora\.(?P<old>down|up)"
     r"|\.processor\.(?P<to>to_q|to_k|to_v|to_out)_lora\.(?P<legacy>down|up))\.weight"
 )
+_MODEL = re.compile(r"(?:unet|transformer)\.")
 _HALF = {"A": "A", "B": "B", "down": "A", "up": "B"}
 
 
@@ -44,13 +45,14 @@ def encode(
     modules: Mapping[str, tuple[Tensor, Tensor]], rank: int, base: str | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose scale is 1 (lora_alpha = r)."""
+    model = "unet" if of_unet(modules) else "transformer"
     tensors = {}
     for module, (a, b) in modules.items():
-        tensors[f"unet.{module}.lora_A.weight"] = a
-        tensors[f"unet.{module}.lora_B.weight"] = b
+        tensors[f"{model}.{module}.lora_A.weight"] = a
+        tensors[f"{model}.{module}.lora_B.weight"] = b
     config = peft.config(modules, rank, base)
-    unet = {f"unet.{key}": value for key, value in config.items()}
-    return tensors, {_METADATA: json.dumps(unet, sort_keys=True)}
+    fields = {f"{model}.{key}": value for key, value in config.items()}
+    return tensors, {_METADATA: json.dumps(fields, sort_keys=True)}
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
@@ -60,7 +62,7 @@ def _config(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
         raise InputError(f"{path}: metadata {_METADATA!r} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: metadata {_METADATA!r} is not a JSON object")
-    return {key[len("unet.") :]: v for key, v in fields.items() if key.startswith("unet.")}
+    return {_MODEL.sub("", key, 1): v for key, v in fields.items() if _MODEL.match(key)}
 
 
 def _parse(key: str) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .adapter import TEXT_ENCODER, Adapter, collect
+from .adapter import TEXT_ENCODER, Adapter, collect, of_unet
 
 WANTED = "wanted 'lora_unet_<module, dots to _>.lora_down.weight', '.lora_up.weight' or '.alpha'"
 
@@ -61,6 +61,11 @@ def encode(
 
     The strength lies in B: loaders disagree about files without alpha only when told another one.
     """
+    if not of_unet(modules):
+        raise InputError(
+            f"format: kohya's names are a UNet's, and {next(iter(modules))!r} is a transformer's; "
+            "export it as format='diffusers'"
+        )
     tensors = {}
     for module, (a, b) in modules.items():
         name = f"lora_unet_{flat_name(module)}"
