@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich.markup
 import torch
+import typer
 from tiny_world import make_pipe, photographs, tree
 
 import w2w_fast as w2w
+from w2w_fast.cli import app
 
 COMMANDS = (
     "populate", "fit", "sample", "edit", "invert", "generate", "export", "import",
@@ -99,6 +102,11 @@ BAD = [
     "generate {}/space --sample 1 --edits hold=age",
     "generate {}/space --sample 1 --format gif",
     "generate {}/space --sample 1 --workers 2",
+    "generate {}/space --sample 1 --vram plenty",
+    "generate {}/space --sample 1 --vram 1KB",
+    "generate {}/space --sample 1 --base demo",
+    "generate {}/space --identities {}/nan.safetensors",
+    "generate {}/space --sample 1 --before {}/nan.safetensors --start 500",
     "generate {}/space --resume",
     "generate {}/space --resume --out {}/photos",
     "generate {}/homeless --sample 1",
@@ -224,6 +232,15 @@ def test_terminal_codes_in_names_are_not_obeyed(run):
 def test_every_command_has_help_with_examples(run, command):
     text = " ".join(run(f"{command} --help").stdout.split())
     assert "Examples" in text and f"w2w {command}" in text.split("Examples")[1]
+
+
+def test_no_help_is_swallowed():
+    """Square brackets are markup to rich: a help text must not look like any."""
+    command = typer.main.get_command(app)
+    texts = [c.help for c in command.commands.values()]
+    texts += [p.help for c in command.commands.values() for p in c.params if p.help]
+    assert len(texts) > 100
+    assert [text for text in texts if rich.markup.render(text).plain != text] == []
 
 
 def test_help_imports_nothing_heavy():

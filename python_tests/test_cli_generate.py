@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_generate_delayed(run):
         for name in ("after", "early", "late", "edits", "edits-late")
     )
     assert after == early == edits != late == edits_late
+
+
+def test_a_batch_that_fits_memory_is_the_jobs(run):
+    """Who resumes takes the recorded batch, however much memory it is told of."""
+    line = "generate {}/space --sample 5 --out job --tiling --vram "
+    assert "5 images of 5 people" in run(line + "1GiB").stdout
+    record = json.loads(Path("job/gallery.json").read_text())["job"]
+    assert record["batch"] == 5 and record["tiling"] is True and record["compile"] is False
+    want = tree(Path("job"))
+    Path("job/manifest.json").unlink()
+    run(line + "100MiB")
+    assert tree(Path("job")) == want
+    run("generate {}/space --out job --resume")
+    assert "made with another tiling" in run(
+        "generate {}/space --sample 5 --out job --vram 1GiB", code=2
+    ).stderr  # fmt: skip
+    assert "made with another batch" in run(
+        "generate {}/space --sample 5 --out job --tiling --batch 4", code=2
+    ).stderr  # fmt: skip
+
+
+def test_warns_of_prompts_without_the_spaces_own(run):
+    result = run("generate {}/space --sample 2 --prompts a~beach --prompts a~tree")
+    said = [line for line in result.stderr.splitlines() if line.startswith("w2w: ")]
+    assert len(said) == 1 and "'a beach' has no 'sks person' in it" in said[0]
 
 
 @pytest.mark.parametrize("more", ["", " --resume"])

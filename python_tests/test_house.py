@@ -24,7 +24,7 @@ OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # The last three are leaves: nobody above may need them.
 LAYERS = [
     {"errors"},
-    {"files", "labels", "linear", "ranks", "testing"},
+    {"files", "labels", "linear", "ranks", "testing", "text_cache"},
     {"layout", "sharing"},
     {"canonical", "population"},
     {"kernels"},  # Triton, at the top of the repository
@@ -34,7 +34,7 @@ LAYERS = [
     {"space"},
     {"attach"},
     {"coefficients", "denoise", "pictures"},
-    {"formats", "gallery", "sources"},
+    {"formats", "gallery", "sources", "studio"},
     {"encoding", "recipe"},
     {"training"},
     {"inversion", "memory"},

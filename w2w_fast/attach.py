@@ -22,6 +22,7 @@ from .errors import InputError
 from .layout import Layout, _some
 from .ops import merge
 from .ops.adapted_linear import add_low_rank
+from .text_cache import TextCache
 
 if TYPE_CHECKING:
     from .space import WeightSpace
@@ -42,9 +43,18 @@ class _Hook:
             self.live._called.add(self.name)
         if self.A is None:
             raise InputError("attach: no adapter set: assign live.identities or live.adapters")
-        x = args[0]
-        index, scales = self.live._rows(self.A.shape[0], x.shape[0], x.device)
-        return add_low_rank(out, x, self.A, self.B, index, scales)
+        x, kept = args[0], self.live._text
+        if kept is not None and kept.returned(module, out):
+            return out
+        adapters = self.adapters(x)
+        made = add_low_rank(out, x, *adapters)
+        if kept is not None:
+            kept.keep(module, x, adapters, made)
+        return made
+
+    def adapters(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """A, B, index and scales of a batch: all that is added depends on, but x."""
+        return self.A, self.B, *self.live._rows(self.A.shape[0], x.shape[0], x.device)
 
 
 class Live:
@@ -63,6 +73,7 @@ class Live:
         layout: Layout,
         space: WeightSpace | None,
         merged: bool,
+        cache_text: bool = False,
     ) -> None:
         self.model, self.pipe, self.layout, self.space = model, pipe, layout, space
         self._modules = layout.check(model)
@@ -92,6 +103,7 @@ class Live:
         self._pristine: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._hooks: dict[str, _Hook] = {}
+        self._text: TextCache | None = None
         # Which numbers of w belong to a B: there strength and scale act.
         self._is_B = torch.zeros(layout.size, dtype=torch.bool)
         for _, rows in layout.slices():
@@ -112,6 +124,9 @@ class Live:
             ]
             self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._after))
+            if cache_text:
+                hooked = {self._modules[name]: hook.adapters for name, hook in self._hooks.items()}
+                self._text = TextCache(model, hooked)
         _attached.update(self._modules.values())
 
     def __enter__(self) -> Live:
@@ -125,6 +140,9 @@ class Live:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._text is not None:
+            self._text.close()
+            self._text = None
         with torch.no_grad():
             for name, weight in self._pristine.items():
                 self._modules[name].weight.copy_(weight)
@@ -364,18 +382,22 @@ def attach(
     strength: float | Sequence[float] | Tensor = 1.0,
     identity_guidance: bool = False,
     merged: bool = False,
+    cache_text: bool = False,
 ) -> Live:
     """Put identities c ``[k, m]`` or flattened adapters w ``[k, d]`` on a model; returns ``Live``.
 
     ``model_or_pipe`` is a module, or a pipeline, whose ``unet`` or ``transformer`` is taken and
     whose guidance is checked against the batch. ``merged=True`` writes one identity into the
-    weights, from pristine copies. Raises InputError, with counts, for modules that are missing,
+    weights, from pristine copies. ``cache_text=True`` keeps what cross-attention makes of the text,
+    its keys and values, while nothing of it changes (``text_cache``): for a loop of denoising steps
+    that is not compiled. Raises InputError, with counts, for modules that are missing,
     of other widths, fused, or attached already, and for identities that do not fit.
     """
     pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
     model = model_or_pipe if pipe is None else _denoiser(pipe)
     wrapped, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if not merged and (wrapped is not model or _is_compiled(model)):
+    compiled = wrapped is not model or _is_compiled(model)
+    if not merged and compiled:
         # Dynamo does not guard on a module that had no hooks: a graph compiled before this call
         # would go on without the adapters, silently.
         torch.compiler.reset()
@@ -389,7 +411,9 @@ def attach(
         )
     if identities is not None and adapters is not None:
         raise InputError("attach: wanted identities or adapters, got both")
-    live = Live(model, pipe, layout, space, merged)
+    if cache_text and merged:
+        raise InputError("cache_text: wanted with merged=False")
+    live = Live(model, pipe, layout, space, merged, cache_text and not compiled)
     try:
         if identities is not None:
             live.identities = identities

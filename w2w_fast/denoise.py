@@ -8,6 +8,7 @@ models). `populate` and `invert` differ only in what they optimise.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise InputError(
                 f"prompt: wanted at most {MOST_CHARACTERS:,} characters, got {len(prompt):,}"
             )
+
+
+def warn_of_prompts(own: object, prompts: Sequence[str], stacklevel: int = 3) -> None:
+    """Warn, once, of prompts without the one that a space's people were trained with."""
+    odd = [text for text in prompts if isinstance(own, str) and own.lower() not in text.lower()]
+    if odd:
+        warnings.warn(
+            f"prompt: {odd[0]!r} has no {own!r} in it, which this space's people were trained "
+            "with: they may not answer to it",
+            stacklevel=stacklevel,
+        )
 
 
 def check_seed(seed: int) -> None:

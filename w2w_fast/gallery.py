@@ -22,6 +22,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,6 +105,32 @@ def open_gallery(folder: str | Path, *, verify: bool = True) -> Gallery:
             if sha256(folder / file) != wanted:
                 raise InputError(f"{folder / file}: differs from the table's sha256: damaged")
     return Gallery(folder, table, job)
+
+
+@contextmanager
+def beginning(folder: Path) -> Iterator[None]:
+    """Held by one process at a time, while it finds out how a gallery is to be begun.
+
+    Leaves no folder behind if that fails. InputError for a folder of other things.
+    """
+    sharing.check_free(folder / RECORD, "gallery")
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, "begin"):
+            yield
+    except BaseException:
+        if not (folder / RECORD).exists():
+            (folder / ".begin.lock").unlink(missing_ok=True)
+            with suppress(OSError):  # another process's files: they are left
+                if new:
+                    folder.rmdir()
+        raise
+
+
+def recorded_batch(folder: Path) -> int | None:
+    """The batch of a gallery that was begun, None before."""
+    return read_record(folder)["job"]["batch"] if (folder / RECORD).exists() else None
 
 
 def begin(

@@ -27,9 +27,7 @@ def begin(path: Path, record: Mapping[str, Any], kind: str) -> None:
     """
     folder = path.parent
     if not path.exists():
-        here = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-        if any(not other.name.startswith(".") for other in here):
-            raise InputError(f"{folder}: not empty and not a {kind}; give another folder")
+        check_free(path, kind)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
         return
@@ -43,6 +41,14 @@ def begin(path: Path, record: Mapping[str, Any], kind: str) -> None:
             f"{folder}: holds a {kind} made with another {', '.join(different)}; "
             "give another folder, or the same settings to go on"
         )
+
+
+def check_free(path: Path, kind: str) -> None:
+    """InputError unless the folder of the record `path` is that job's, empty, or not there yet."""
+    folder = path.parent
+    here = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    if not path.exists() and any(not other.name.startswith(".") for other in here):
+        raise InputError(f"{folder}: not empty and not a {kind}; give another folder")
 
 
 def read_record(path: Path, format: str, version: int, kind: str) -> dict[str, Any]:

@@ -175,12 +175,14 @@ def jobs(root: Path, prior: float = 0.0) -> dict[str, Callable[[Path], object]]:
     return {"populate": populating, "fit": fitting, "generate": generating}
 
 
-def long_job(people: int) -> Callable[[Path], object]:
-    """An image of each of so many people, by the world that ships."""
+def long_job(people: int) -> tuple[str, Callable[[Path], object]]:
+    """An image of each of so many people, by the world that ships: what it is, and the job."""
     space, pipe = demo.space(), demo.pipeline()
     sampled = sample(space, people)
-    return lambda folder: generate_to(
-        space, pipe, sampled, folder, steps=4, identity_guidance=True, batch=16, progress=False
+    options = {"steps": 2, "identity_guidance": True, "batch": 16}
+    about = f"generate: {people} people of the world that ships, an image each, {options}"
+    return about, lambda folder: generate_to(
+        space, pipe, sampled, folder, **options, progress=False
     )
 
 
@@ -193,14 +195,14 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logs = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
         long = args.people is not None
-        todo = {"generate": long_job(args.people)} if long else jobs(root, prior=1.0)
+        todo = dict([long_job(args.people)]) if long else jobs(root, prior=1.0)
         for job, work in todo.items():
-            (root / job).mkdir()
+            folder = Path(tempfile.mkdtemp(dir=root))
             longest = 2 / args.kills if long else 1.1  # one job holds all the kills
-            logs.append(campaign(job, work, root / job, args.kills, args.seed, longest))
+            logs.append(campaign(job, work, folder, args.kills, args.seed, longest))
             log = asdict(logs[-1])
             print({name: value for name, value in log.items() if name != "alive"})
     if args.out is not None:

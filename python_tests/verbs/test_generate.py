@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tiny_world import SIZE, distance
+from tiny_world import SIZE, distance, make_space
 
 from w2w_fast import InputError, attach, edit, generate, sample
 from w2w_fast.verbs.generate import named_scheduler
@@ -138,6 +138,8 @@ def test_callback_counts_and_nobody_gives_nothing(space, pipe, people):
         ({"strength": torch.ones(2)}, "strength"),
         ({"strength": float("inf")}, "strength"),
         ({"before": torch.zeros(2, 6)}, "before"),
+        ({"before": torch.full((3, 6), torch.inf)}, "before: holds NaN"),
+        ({"memory": 1000}, "one picture needs .* tiling, or bfloat16, needs less"),
     ],
 )
 def test_refusals(space, pipe, people, options, said):
@@ -148,6 +150,8 @@ def test_refusals(space, pipe, people, options, said):
 def test_refuses_people_of_another_space_and_unknown_schedulers(space, pipe, people):
     with pytest.raises(InputError, match="coefficients"):
         generate(space, pipe, people[:, :2], **OPTIONS)
+    with pytest.raises(InputError, match="coefficients: holds NaN"):
+        generate(space, pipe, people * torch.nan, **OPTIONS)
     for name in ("NoSuchScheduler", "StableDiffusionPipeline", "torch"):
         with pytest.raises(InputError, match="DDIMScheduler"):
             named_scheduler(name, pipe)
@@ -166,3 +170,11 @@ def test_in_a_pipeline_whose_unet_is_compiled(space, pipe, identity_guidance):
     finally:
         pipe.unet = plain
     assert distance(got, want) <= 1
+
+
+def test_warns_of_a_prompt_without_the_spaces_own(layout, pipe, people):
+    space = make_space(layout, {"prompt": "sks person"})
+    prompts = ["An SKS person", "a beach", "a tree"]
+    with pytest.warns(UserWarning, match="'a beach' has no 'sks person' in it") as warned:
+        generate(space, pipe, people, prompts, **OPTIONS)
+    assert len(warned) == 1 and warned[0].filename == __file__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from tiny_world import SIZE, as_array, distance, make_space, tree
 
 from w2w_fast import InputError, edit, gallery, generate, generate_to, read_coefficients, sample
 from w2w_fast.gallery import Draft, open_gallery
+from w2w_fast.studio import Studio
 from w2w_fast.verbs import generate_to as verb
 from w2w_fast.verbs.generate import named_scheduler
 
@@ -97,10 +99,9 @@ def killing(monkeypatch, owner, name, after):
     real, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
-        if name != "generate" or len(args[2]):  # which is first asked to check the settings
-            if len(calls) == after:
-                raise Killed
-            calls.append(1)
+        if len(calls) == after:
+            raise Killed
+        calls.append(1)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, counted)
@@ -108,7 +109,7 @@ def killing(monkeypatch, owner, name, after):
 
 
 AT = [
-    (verb, "generate", 0), (verb, "generate", 1), (verb, "generate", 2), (gallery, "encode", 0),
+    (Studio, "make", 0), (Studio, "make", 1), (Studio, "make", 2), (gallery, "encode", 0),
     (gallery, "encode", 6), (gallery, "strip", 1), (gallery, "write_json", 2), (Draft, "finish", 0),
     (gallery, "contact_sheet", 0), (Draft, "_write_table", 0), (gallery, "write_manifest", 0),
 ]  # fmt: skip
@@ -133,7 +134,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
         open_gallery(folder)
     marks = len(list(folder.glob(".done-*")))
     with monkeypatch.context() as patch:
-        calls = killing(patch, verb, "generate", -1)
+        calls = killing(patch, Studio, "make", -1)
         generate_to(space, pipe, people, folder, **options)
     assert tree(folder) == want
     assert len(calls) == 3 - marks  # nothing that was written is made again
@@ -201,10 +202,11 @@ def test_a_piece_is_held_until_it_is_written(space, pipe, people, tmp_path, monk
         write(self, piece, images)
 
     monkeypatch.setattr(Draft, "write", slow)
+    other = copy.deepcopy(pipe)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(generate_to, space, pipe, people, tmp_path / "job", **OPTIONS)
         assert writing.wait(60)
-        second = pool.submit(generate_to, space, pipe, people, tmp_path / "job", **OPTIONS)
+        second = pool.submit(generate_to, space, other, people, tmp_path / "job", **OPTIONS)
         go.set()
         assert first.result(60).table.equals(second.result(60).table)
     assert written == [0, 1, 2] and tree(tmp_path / "job") == whole[1]
@@ -213,21 +215,20 @@ def test_a_piece_is_held_until_it_is_written(space, pipe, people, tmp_path, monk
 def test_no_more_than_two_batches_are_in_memory(space, pipe, people, tmp_path, monkeypatch):
     """One is denoised while the one before is written."""
     lock, alive, most = threading.Lock(), [0], [0]
-    write, make = Draft.write, verb.generate
+    write, make = Draft.write, Studio.make
 
-    def made(*args, **kwargs):
-        if len(args[2]):
-            with lock:
-                alive[0] += 1
-                most[0] = max(most[0], alive[0])
-        return make(*args, **kwargs)
+    def made(self, sitters):
+        with lock:
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+        return make(self, sitters)
 
     def wrote(self, piece, images):
         write(self, piece, images)
         with lock:
             alive[0] -= 1
 
-    monkeypatch.setattr(verb, "generate", made)
+    monkeypatch.setattr(Studio, "make", made)
     monkeypatch.setattr(Draft, "write", wrote)
     generate_to(space, pipe, people, tmp_path / "job", **{**OPTIONS, "batch": 1})
     assert alive == [0] and most[0] <= 2
@@ -370,6 +371,8 @@ def test_a_table_cannot_name_files_elsewhere(tmp_path, whole):
         ({"format": "gif"}, "png, webp, jpeg, tar"),
         ({"edits": "", "start": 500}, "start"),
         ({"start": 0.5}, "start"),
+        ({"start": [500] * 4}, "start: .* one of each of 5 people"),
+        ({"before": torch.full((5, 6), torch.nan), "start": 5}, "before: wanted finite"),
         ({"before": torch.zeros(5, 6)}, "start"),
         ({"before": torch.zeros(4, 6), "start": 5}, "before"),
         ({"coefficients": torch.zeros(2, 3)}, "coefficients"),
@@ -472,3 +475,21 @@ def test_a_delayed_edit(space, pipe, people, tmp_path):
     assert torch.equal(read_coefficients(made.folder / gallery.BEFORE), others)
     settings = verb.recorded(made.folder)
     assert torch.equal(settings["before"], others) and settings["start"] == 500
+
+
+def test_a_delayed_edit_of_each_at_its_own_time(space, pipe, people, tmp_path):
+    starts = [0, 300, 600, 900, 1000]
+    options = {**OPTIONS, "batch": 10, "start": starts}
+    made = generate_to(space, pipe, people, tmp_path / "job", **options)
+    rows = torch.arange(5).repeat_interleave(2)
+    after = edit(space, people, beard=2.0, hold="age")[rows]
+    want = generate(
+        space, pipe, after, PROMPTS[:2] * 5, seeds=7, before=people[rows],
+        start=[starts[row] for row in rows], **SETTINGS,
+    )  # fmt: skip
+    files = made.table["file"].to_pylist()
+    assert distance([Image.open(made.folder / file) for file in files], want) == 0
+    assert made.table["start"].to_pylist() == [starts[row] for row in rows]
+    assert verb.recorded(made.folder)["start"] == starts
+    with pytest.raises(InputError, match="another start;"):
+        generate_to(space, pipe, people, made.folder, **{**options, "start": 300})

@@ -26,10 +26,10 @@ def collect(
         typer.Option(metavar="SPACE", help="Or: the modules, rank and alpha of a space."),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="With --base: the Linears kept. [default: to_q,to_v]")
+        str | None, typer.Option(help="With --base: the Linears kept.", show_default="to_q,to_v")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, max=256, help="With --base: ranks kept. [default: 1]")
+        int | None, typer.Option(min=1, max=256, help="With --base: ranks kept.", show_default="1")
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV or Parquet: a column name, and one an attribute.")

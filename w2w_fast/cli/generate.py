@@ -29,18 +29,25 @@ def generate(
     ] = "",
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt, or a text file with one a line; may be repeated."),
+        typer.Option(
+            help="A prompt, or a text file with one a line; may be repeated.",
+            show_default="the space's, or sks person",
+        ),
     ] = None,
     per_identity: Annotated[
         int | None,
-        typer.Option(min=1, max=1_000_000, help="Images of each. [default: one a prompt]"),
+        typer.Option(min=1, max=1_000_000, help="Images of each.", show_default="one a prompt"),
     ] = None,
     seed: opt.Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, max=1000)] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, show_default="the space's, or 50")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=1000, show_default="the space's, or 3")
+    ] = None,
     identity_guidance: Annotated[
         bool | None,
-        typer.Option("--identity-guidance/--plain-guidance", help="[default: the space's]"),
+        typer.Option("--identity-guidance/--plain-guidance", show_default="the space's"),
     ] = None,
     strength: Annotated[float, typer.Option(help="Of the adapters.")] = 1.0,
     start: Annotated[
@@ -49,11 +56,23 @@ def generate(
     ] = None,
     before: Annotated[
         Path | None,
-        typer.Option(help="Until then they are these. [default: who they are without --edits]"),
+        typer.Option(
+            help="Until then they are these.", show_default="who they are without --edits"
+        ),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="A diffusers class's name.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A diffusers class's name.", show_default="the base's own")
+    ] = None,
     base: opt.OwnBase = None,
     batch: opt.Batch = 32,
+    vram: opt.Vram = None,
+    tiling: Annotated[
+        bool, typer.Option("--tiling", help="The VAE's tiling and slicing: less memory.")
+    ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile, on a GPU as CUDA graphs: a minute, once."),
+    ] = False,
     dtype: opt.Dtype = "float32",
     format: Annotated[
         str, typer.Option(metavar="png|webp|jpeg|tar", help="tar: webdataset shards of PNGs.")
@@ -71,6 +90,7 @@ def generate(
     Several of these on one folder share the work; killed ones lose two batches at most.
     """
     shared.writable(out)
+    memory = None if vram is None else shared.memory_size(vram)
     settings: dict[str, Any] = {}
     if not resume:
         if (identities is None) == (sampled is None):
@@ -79,7 +99,8 @@ def generate(
             "identities": identities, "sampled": sampled, "before": before, "start": start,
             "edits": edits, "prompts": None if prompts is None else shared.read_prompts(prompts),
             "per_identity": per_identity, "seed": seed, "strength": strength, "batch": batch,
-            "scheduler": scheduler, "dtype": dtype, "format": format,
+            "memory": memory, "tiling": tiling, "compile": compile, "scheduler": scheduler,
+            "dtype": dtype, "format": format,
             "own": shared.given(
                 steps=steps, guidance=guidance, identity_guidance=identity_guidance
             ),

@@ -47,7 +47,7 @@ def invert(
     patience: Annotated[int, typer.Option(help="Looks without a new best that end it.")] = 4,
     start: Annotated[
         Path | None,
-        typer.Option(help="Coefficients to start from. [default: the population's mean]"),
+        typer.Option(help="Coefficients to start from.", show_default="the population's mean"),
     ] = None,
     seed: opt.Seed = 0,
     batch: opt.Batch = 64,

@@ -67,7 +67,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[OP]...",
-            help="reconstruct, project, merge, edit, adapted_linear, unet. [default: all]",
+            help="reconstruct, project, merge, edit, adapted_linear, unet.",
+            show_default="all",
         ),
     ] = None,
     quick: Annotated[

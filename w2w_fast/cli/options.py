@@ -28,20 +28,24 @@ Base = Annotated[
 ]
 OwnBase = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="A diffusers pipeline on disk. [default: the space's own]"),
+    typer.Option(
+        metavar="FOLDER", help="A diffusers pipeline on disk.", show_default="the space's own"
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: a GPU if there]")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1.", show_default="a GPU if there")
+]
 SpaceOut = Annotated[Path, typer.Argument(metavar="OUT", help="The space's folder to write.")]
 Batch = Annotated[int, typer.Option(min=1, max=4096, help="Rows computed at once: memory only.")]
 Steps = Annotated[int | None, typer.Option(min=1, max=100_000, help="Of the optimiser.")]
 Adam = Annotated[float | None, typer.Option(help="Adam's learning rate.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|bfloat16|float16")]
-MaybePrompt = Annotated[str | None, typer.Option(help="[default: the space's, or sks person]")]
+MaybePrompt = Annotated[str | None, typer.Option(show_default="the space's, or sks person")]
 Ray = Annotated[
     str | None, typer.Option(metavar="local|ADDRESS", help="Spread over a Ray cluster.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, max=4096, help="With --ray. [default: one a GPU]")
+    int | None, typer.Option(min=1, max=4096, help="With --ray.", show_default="one a GPU")
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the settings that OUT was begun with.")

@@ -50,7 +50,7 @@ def populate(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="Everybody's start: a population or a space (its mean), a LoRA file, or w [d]."
+            help="Everybody's start: a population or a space (its mean), a LoRA, or a file of a w."
         ),
     ] = None,
     timesteps: Annotated[str, typer.Option(metavar="uniform|early")] = "uniform",

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attach import attach
-from ..denoise import check_prompts, check_seed
+from ..denoise import check_prompts, check_seed, warn_of_prompts
 from ..errors import InputError
+from ..memory import fitting, peak_of
 from ..space import WeightSpace
+from ..studio import Sitters, Studio
 
 
-@torch.no_grad()
 def generate(
     space: WeightSpace,
     pipe,
@@ -37,13 +37,17 @@ def generate(
     start: float | Sequence[float] | Tensor = 0,
     scheduler=None,
     batch: int = 32,
+    memory: int | None = None,
+    tiling: bool = False,
+    compile: bool = False,
     progress: bool = True,
     callback: Callable[[int, int], None] | None = None,
     **pipe_options,
 ) -> list:
     """One PIL image for each row of coefficients [k, m].
 
-    prompts: one for all, or one an image. seeds: one an image, or a number s for s, s + 1, ...
+    prompts: one for all, or one an image; warns of one without the space's own in it.
+    seeds: one an image, or a number s for s, s + 1, ...
     guidance: classifier-free guidance; with `identity_guidance` its unconditional rows run without
         the adapter, so that guidance pulls towards the person as well as towards the prompt.
     strength: of the adapters, a number or [k].
@@ -51,11 +55,74 @@ def generate(
         are used while the timestep is above `start`, a number or [k], `coefficients` from there on.
         For pipelines that run the whole schedule, as text to image does.
     scheduler: any diffusers scheduler; the pipeline's own by default.
+    batch: images at once; memory: bytes to fit it to instead.
+    tiling: the VAE's tiling and slicing (diffusers): less memory, other pixels in large pictures.
+    compile: the denoiser by torch.compile, on a GPU as CUDA graphs: once a call, which takes a
+        minute or more. All batches are of one size then, the last one filled up with its last row.
     callback: given (images done, images wanted) after each batch.
     pipe_options: passed on to the pipeline (height, width, negative_prompt, ...).
 
     Raises InputError for shapes and numbers that do not fit.
     """
+    sitters = checked_sitters(space, coefficients, prompts, seeds, strength, before, start)
+    check_numbers(steps, guidance, batch)
+    warn_of_prompts(space.meta.get("prompt"), sitters.prompts)
+    k = len(sitters)
+    options = {
+        "steps": steps, "guidance": guidance, "identity_guidance": identity_guidance,
+        "scheduler": scheduler, "tiling": tiling, **pipe_options,
+    }  # fmt: skip
+    if memory is not None and k:
+        batch = fitting_batch(space, pipe, sitters.take([0]), memory, k, **options)
+    images: list = []
+    bar = tqdm(total=k, unit="image", desc="generate", disable=not progress)
+    with bar, Studio(space, pipe, compile=compile and min(batch, k), **options) as studio:
+        for first in range(0, k, batch):
+            made = studio.make(sitters.take(list(range(first, min(first + batch, k)))))
+            images.extend(made)
+            bar.update(len(made))
+            if callback is not None:
+                callback(len(images), k)
+    return images
+
+
+def check_numbers(steps: int, guidance: float, batch: int) -> None:
+    """InputError for what no pipeline is asked for."""
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance: wanted a finite number, got {guidance!r}")
+    if not 1 <= steps <= 1000 or not 1 <= batch <= 4096:
+        raise InputError(f"wanted steps in 1..1000 and batch in 1..4096, got {steps} and {batch}")
+
+
+def fitting_batch(
+    space: WeightSpace, pipe, sitter: Sitters, memory: int, most: int, **options
+) -> int:
+    """How many pictures fit into `memory` bytes at once, at most `most`, tried on one sitter.
+
+    options: `Studio`'s. InputError where not even one fits.
+    """
+    options["steps"] = min(options["steps"], 2)  # the second finds what the first has kept
+
+    def trial(k: int) -> None:
+        with Studio(space, pipe, **options) as studio:
+            studio.make(sitter.take([0] * k))
+
+    return fitting(
+        lambda k: peak_of(pipe, lambda: trial(k)), memory, "picture",
+        "tiling, or bfloat16, needs less", min(4096, most),
+    )  # fmt: skip
+
+
+def checked_sitters(
+    space: WeightSpace,
+    coefficients: Tensor,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    strength: float | Tensor,
+    before: Tensor | None,
+    start: float | Sequence[float] | Tensor,
+) -> Sitters:
+    """What `generate` was asked, a value an image; InputError for what does not fit."""
     k = len(coefficients)
     prompts = [prompts] * k if isinstance(prompts, str) else list(prompts)
     seeds = list(range(seeds, seeds + k)) if isinstance(seeds, int) else list(seeds)
@@ -66,70 +133,18 @@ def generate(
     for seed in seeds:
         check_seed(seed)
     strength, start = _each("strength", strength, k), _each("start", start, k)
-    if not math.isfinite(guidance):
-        raise InputError(f"guidance: wanted a finite number, got {guidance!r}")
     if coefficients.ndim != 2 or coefficients.shape[1] != space.m:
         raise InputError(f"coefficients: wanted [k, {space.m}], got {tuple(coefficients.shape)}")
     if before is not None and before.shape != coefficients.shape:
         wanted, got = tuple(coefficients.shape), tuple(before.shape)
         raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
-    if before is not None:
-        before = before.to(coefficients)
-    elif start.any():
+    if before is None and start.any():
         raise InputError("start: wanted with before, the coefficients until then")
-    if not 1 <= steps <= 1000 or not 1 <= batch <= 4096:
-        raise InputError(f"wanted steps in 1..1000 and batch in 1..4096, got {steps} and {batch}")
-
-    images: list = []
-    own, shown = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
-    bar = tqdm(total=k, unit="image", desc="generate", disable=not progress)
-    try:
-        pipe.set_progress_bar_config(**{**shown, "disable": True})
-        if scheduler is not None:
-            pipe.scheduler = scheduler
-        first_t = math.inf
-        if before is not None:
-            pipe.scheduler.set_timesteps(steps)
-            first_t = float(pipe.scheduler.timesteps[0])
-        with bar, attach(pipe, space, identity_guidance=identity_guidance and guidance > 1) as live:
-            for first in range(0, k, batch):
-                rows = slice(first, min(first + batch, k))
-
-                def at(t: float, rows=rows) -> Tensor:
-                    """Who the rows are at timestep t."""
-                    if before is None:
-                        return coefficients[rows]
-                    edited = (start[rows] >= t).to(coefficients.device)
-                    return torch.where(edited[:, None], coefficients[rows], before[rows])
-
-                def at_step(pipe, i, t, tensors, at=at):
-                    # Called after step i: what it sets is in force from the next timestep on.
-                    for later in pipe.scheduler.timesteps[i + 1 : i + 2].tolist():
-                        people = at(later)
-                        if not torch.equal(people, live.identities):
-                            live.identities = people
-                    return tensors
-
-                live.strength = 1.0
-                live.identities = at(first_t)
-                live.strength = strength[rows]
-                delayed = {} if before is None else {"callback_on_step_end": at_step}
-                made = pipe(
-                    prompts[rows],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    generator=[torch.Generator().manual_seed(s) for s in seeds[rows]],
-                    **delayed,
-                    **pipe_options,
-                ).images
-                images.extend(made)
-                bar.update(len(made))
-                if callback is not None:
-                    callback(len(images), k)
-    finally:
-        pipe.scheduler = own
-        pipe.set_progress_bar_config(**shown)
-    return images
+    for name, c in (("coefficients", coefficients), ("before", before)):
+        if c is not None and not c.isfinite().all():
+            raise InputError(f"{name}: holds NaN or infinite numbers")
+    before = None if before is None else before.to(coefficients)
+    return Sitters(coefficients, prompts, seeds, strength, before, start)
 
 
 def _each(name: str, value: float | Sequence[float] | Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,14 +22,15 @@ from tqdm.auto import tqdm
 
 from .. import __version__, gallery
 from ..coefficients import read_coefficients
-from ..denoise import check_prompts, check_seed, denoiser
+from ..denoise import check_prompts, check_seed, denoiser, warn_of_prompts
 from ..encoding import fingerprint
 from ..errors import InputError
 from ..gallery import Draft, Gallery
 from ..sharing import share
 from ..space import WeightSpace
+from ..studio import Sitters, Studio
 from .edit import edit, parse_amounts
-from .generate import generate
+from .generate import check_numbers, fitting_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,9 +51,12 @@ def generate_to(
     identity_guidance: bool = False,
     strength: float = 1.0,
     before: Tensor | None = None,
-    start: int | None = None,
+    start: int | Sequence[int] | None = None,
     scheduler=None,
     batch: int = 32,
+    memory: int | None = None,
+    tiling: bool = False,
+    compile: bool = False,
     format: str = "png",
     progress: bool = True,
 ) -> Gallery:
@@ -62,7 +67,8 @@ def generate_to(
         prompt. Image i is of person i // per_identity, its seed is seed + i.
     edits: as of `w2w edit`, "beard=+1.5,hold=age", of everybody.
     before, start: delayed edit, as of `generate`: who they are while the timestep is above `start`,
-        by default those who were not edited.
+        by default those who were not edited. start: a timestep, or one a person.
+    memory: bytes to fit the batch to, when the gallery is begun; who resumes it takes that batch.
     format: "png" (what made an image is in its text), "webp", "jpeg", or "tar": PNGs in webdataset
         shards of about 1,000 images.
     The rest is as of `generate`; batch is at most two in memory, one of them being written.
@@ -93,48 +99,56 @@ def generate_to(
         raise InputError(f"prompts: wanted at most 8 MiB in all, got {len(prompts):,} prompts")
     check_seed(seed)
     check_seed(seed + n - 1)
-    people, first = _people(space, coefficients, edits, before, start)
-    if not isinstance(strength, (int, float)):
-        raise InputError(f"strength: wanted a number, got {strength!r}")
+    check_numbers(steps, guidance, batch)
+    people, first, starts = _people(space, coefficients, edits, before, start)
+    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise InputError(f"strength: wanted a finite number, got {strength!r}")
+    warn_of_prompts(space.meta.get("prompt"), prompts)
     settings = {
         "steps": steps, "guidance": guidance, "identity_guidance": identity_guidance,
-        "strength": strength,
     }  # fmt: skip
-    options = {
-        **settings, "start": start or 0, "scheduler": scheduler, "batch": batch, "progress": False
-    }  # fmt: skip
-    generate(space, pipe, people[:0], **options)  # nobody's images: only what it refuses
     used = scheduler or pipe.scheduler
     made = {
-        "edits": edits, "start": start, "scheduler": type(used).__name__, **settings,
+        "edits": edits, "scheduler": type(used).__name__, **settings, "strength": strength,
         "versions": _versions(),
     }  # fmt: skip
-    job = {
-        **made, "images": n, "per_identity": each, "prompts": prompts, "seed": seed,
-        "batch": batch, "format": format, **_depends(space, pipe, used),
-        "coefficients": fingerprint({"before": coefficients, "after": people}),
-        "before": None if before is None else fingerprint({"before": before}),
-    }  # fmt: skip
-    gallery.begin(out, job, coefficients, before)
 
     def record(i: int) -> dict[str, Any]:
-        prompt = prompts[i % each % len(prompts)]
-        return {"row": i // each, "prompt": prompt, "seed": seed + i, **made}
+        who, prompt = i // each, prompts[i % each % len(prompts)]
+        return {"row": who, "prompt": prompt, "seed": seed + i, "start": starts[who], **made}
 
-    def make(i: range) -> list[Image]:
+    def sitters(i: range) -> Sitters:
         rows = [record(j) for j in i]
         who = [row["row"] for row in rows]
-        return generate(
-            space, pipe, people[who], [row["prompt"] for row in rows],
-            seeds=[row["seed"] for row in rows], before=None if first is None else first[who],
-            **options,
+        return Sitters(
+            people[who], [row["prompt"] for row in rows], [row["seed"] for row in rows],
+            torch.full([len(i)], float(strength)), None if first is None else first[who],
+            torch.tensor([row["start"] or 0 for row in rows], dtype=torch.float32),
         )  # fmt: skip
 
-    if gallery.is_finished(out) and not any(out.glob(".*")):
-        return gallery.open_gallery(out)
-    draft = Draft(out, n, batch, format, record)
-    with tqdm(total=n, unit="image", desc="generate", disable=not progress) as bar:
-        _work(draft, make, lambda i: bar.update(len(i)))
+    options = {**settings, "scheduler": scheduler, "tiling": tiling}
+    depends = _depends(space, pipe, used)
+    with ExitStack() as alone:
+        if memory is not None:
+            alone.enter_context(gallery.beginning(out))
+            batch = gallery.recorded_batch(out) or fitting_batch(
+                space, pipe, sitters(range(1)), memory, n, **options
+            )
+        with Studio(space, pipe, compile=compile and min(batch, n), **options) as studio:
+            job = {
+                **made, "start": start, "images": n, "per_identity": each, "prompts": prompts,
+                "seed": seed, "batch": batch, "format": format, "tiling": tiling,
+                "compile": compile, **depends,
+                "coefficients": fingerprint({"before": coefficients, "after": people}),
+                "before": None if before is None else fingerprint({"before": before}),
+            }  # fmt: skip
+            gallery.begin(out, job, coefficients, before)
+            alone.close()
+            if gallery.is_finished(out) and not any(out.glob(".*")):
+                return gallery.open_gallery(out)
+            draft = Draft(out, n, batch, format, record)
+            with tqdm(total=n, unit="image", desc="generate", disable=not progress) as bar:
+                _work(draft, lambda i: studio.make(sitters(i)), lambda i: bar.update(len(i)))
     draft.finish()
     return gallery.open_gallery(out, verify=False)
 
@@ -168,22 +182,31 @@ def _work(draft: Draft, make: Callable[[range], list[Image]], told: Callable[[ra
 
 
 def _people(
-    space: WeightSpace, coefficients: Tensor, edits: str, before: Tensor | None, start: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Who they are, edited, and who they are before a delayed edit sets in, [k, m] both."""
+    space: WeightSpace,
+    coefficients: Tensor,
+    edits: str,
+    before: Tensor | None,
+    start: int | Sequence[int] | None,
+) -> tuple[Tensor, Tensor | None, list[int | None]]:
+    """Who they are, edited; who before a delayed edit sets in; when it does: [k, m] twice, [k]."""
     amounts, hold = parse_amounts(edits)
     if edits and not amounts:
         raise InputError(f"edits: {edits!r}: wanted attribute=amount, as in beard=+1.5")
-    people = edit(space, coefficients, amounts, hold=hold)
+    people, k = edit(space, coefficients, amounts, hold=hold), len(coefficients)
     if start is None and before is None:
-        return people, None
-    if type(start) is not int or (before is None and not edits):
-        raise InputError(f"start: wanted a timestep, with before or edits, got {start!r}")
+        return people, None, [None] * k
+    starts = list(start) if isinstance(start, Sequence) else [start] * k
+    fits = len(starts) == k and all(type(t) is int and abs(t) < 1 << 20 for t in starts)
+    if not fits or (before is None and not edits):
+        raise InputError(
+            f"start: wanted a timestep, or one of each of {k} people, with before or edits, got "
+            f"{str(start)[:100]}"
+        )
     first = coefficients if before is None else before
-    if first.shape != people.shape:
+    if first.shape != people.shape or not first.isfinite().all():
         wanted, got = list(people.shape), list(first.shape)
-        raise InputError(f"before: wanted {wanted}, as the coefficients, got {got}")
-    return people, first
+        raise InputError(f"before: wanted finite numbers {wanted}, as the coefficients, got {got}")
+    return people, first.to(people), starts
 
 
 def recorded(out: str | Path) -> dict[str, Any]:
@@ -195,7 +218,7 @@ def recorded(out: str | Path) -> dict[str, Any]:
     job = gallery.read_record(folder)["job"]
     names = (
         "prompts", "per_identity", "edits", "seed", "steps", "guidance", "identity_guidance",
-        "strength", "start", "scheduler", "batch", "format", "dtype",
+        "strength", "start", "scheduler", "batch", "tiling", "compile", "format", "dtype",
     )  # fmt: skip
     if missing := [name for name in names if name not in job]:
         raise InputError(f"{folder / gallery.RECORD}: the job lacks {', '.join(missing)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..denoise import check_masks, check_prompts, denoiser
+from ..denoise import check_masks, check_prompts, denoiser, warn_of_prompts
 from ..encoding import Encoder, fingerprint
 from ..errors import InputError
 from ..files import new_or_empty
@@ -169,14 +168,7 @@ def _subjects(
     if len(prompts) != p:
         raise InputError(f"prompt: wanted one, or one for each of {p} photos")
     check_prompts(prompts)
-    own = space.meta.get("prompt")
-    odd = [text for text in prompts if isinstance(own, str) and own.lower() not in text.lower()]
-    if odd:
-        warnings.warn(
-            f"prompt: {odd[0]!r} has no {own!r} in it, which this space's people were trained "
-            "with: what is found may not answer to it",
-            stacklevel=3,
-        )
+    warn_of_prompts(space.meta.get("prompt"), prompts, stacklevel=4)
     if masks is not None:
         check_masks(masks, p)
         if masks.shape[2:] != photos.shape[2:]:
