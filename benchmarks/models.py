@@ -28,6 +28,9 @@ from w2w_fast.benchmarks.cases import _inputs
 from w2w_fast.benchmarks.cases.unet import layout_of, unet
 
 
+_COMMIT = machine.commit()  # of what runs, whatever is done to the files meanwhile
+
+
 @dataclass(frozen=True)
 class Model:
     """pipe: something with a unet and a scheduler; the shapes of one row of latents and of text."""
@@ -172,6 +175,6 @@ def record(format: str, version: int, quick: bool, device: str, rows: list) -> d
         "device": "cpu" if device == "cpu" else "cuda",
         "machine": machine.describe(device),
         "versions": machine.versions(),
-        **machine.commit(),
+        **_COMMIT,
         "rows": rows,
     }
