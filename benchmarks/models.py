@@ -27,7 +27,6 @@ from w2w_fast.benchmarks.bench import Setting
 from w2w_fast.benchmarks.cases import _inputs
 from w2w_fast.benchmarks.cases.unet import layout_of, unet
 
-
 _COMMIT = machine.commit()  # of what runs, whatever is done to the files meanwhile
 
 
