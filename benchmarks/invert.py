@@ -4,7 +4,8 @@ Ours is `w2w.invert`'s own engine, each person with a photo and a mask; the publ
 one person at a time, by autograd through V c in every module (published.py). Photograph and text
 are encoded beforehand for both, which favours the published method: it encodes them at every step.
 Every line is a process of its own, so that its peak memory is its own; lines take turns for several
-rounds, and medians count. ``--what memory`` has SD1.5's real size, 64 x 64 latents, for two steps.
+rounds, and medians count. ``--what memory`` has SD1.5's real size, 64 x 64 latents, for one step;
+a line that takes longer than ``--limit`` seconds is stopped, and says so.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def one(
     before = peak(device)
     forget_peak(device)
     recipe = {"lr": 0.05, "prior": 0.0}
-    call(recipe=Recipe(steps=1, **recipe))
+    if steps > 1:  # one alone is for its memory
+        call(recipe=Recipe(steps=1, **recipe))
     took = seconds(partial(call, recipe=Recipe(steps=steps, **recipe)))
     return {"rate": k * steps / took, "seconds": took, "peak": peak(device), "built": before}
 
@@ -100,14 +102,14 @@ def lines(what: str, device: str) -> Iterator[Line]:
     yield what, "ours, checkpointing", 16, steps[16], dtype, side
 
 
-def measure(what: str, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure(what: str, device: str, rounds: int, limit: float) -> list[dict[str, Any]]:
     """Every line in turn, `rounds` times; a line that fails says so."""
     wanted = list(lines(what, device))
     found: list[list[dict[str, Any]]] = [[] for _ in wanted]
     notes = [""] * len(wanted)
     for _ in range(rounds):
         for i, line in enumerate(wanted):
-            got = alone(__file__, [*map(str, line), device])
+            got = alone(__file__, [*map(str, line), device], limit)
             if "note" in got:
                 notes[i] = got["note"]
                 continue
@@ -131,6 +133,7 @@ def main() -> int:
     parser.add_argument("--what", choices=("world", "sd15", "memory", "tiny"), default="world")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=600.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -138,7 +141,7 @@ def main() -> int:
         base, who, k, steps, dtype, side, device = args.one
         print(json.dumps(one(base, who, int(k), int(steps), dtype, int(side), device)))
         return 0
-    rows = measure(args.what, args.device, args.rounds)
+    rows = measure(args.what, args.device, args.rounds, args.limit)
     if args.out:
         write_json(args.out, record(FORMAT, VERSION, args.what == "tiny", args.device, rows))
     return 0

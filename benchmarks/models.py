@@ -154,10 +154,13 @@ def _status(field: str) -> int:
 # --- results --------------------------------------------------------------------------------------
 
 
-def alone(file: str, arguments: list[str]) -> dict[str, Any]:
-    """What `file --one ARGUMENTS` prints, a process of its own: JSON, or {"note": what it said."""
+def alone(file: str, arguments: list[str], limit: float) -> dict[str, Any]:
+    """What `file --one ARGUMENTS` prints, a process of its own: JSON, or {"note": why not}."""
     command = [sys.executable, file, "--one", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"note": f"stopped after {limit:.0f} s"}
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["killed"])[-1]
         return {"note": f"status {done.returncode}: {said[:200]}"}

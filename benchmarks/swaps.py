@@ -1,7 +1,7 @@
 """Ten thousand identities put into one model: ``python benchmarks/swaps.py``.
 
 Each swap is of new coefficients, one, four or two people a batch in turn for each thousand; every
-tenth is followed by a forward. The base's weights are hashed before, at each thousand and after, and
+tenth is followed by a forward. The base's weights are hashed before, at each thousand and after;
 memory is noted at each hundred. Once with hooks, and once with merged weights, which must be the
 base's bits again after detaching. Then a compiled model, to which identities are put while dynamo's
 counter of graphs is watched.
