@@ -231,7 +231,7 @@ def _inversion(rows: list[Row]) -> Iterator[str]:
         for row in mine:
             start = (row["who"], row["k"], row["dtype"], f"{row['side']} x {row['side']}")
             if row["rate"] is None:
-                cells.append((*start, row["note"], "", "", ""))
+                cells.append((*start[: 4 if what == "memory" else 3], row["note"], "", "", ""))
                 continue
             ratio = f"{row['rate'] / rival:.2f}" if rival else ""
             size = f"{row['peak'] / 2**30:.2f} GiB"

@@ -177,7 +177,8 @@ def test_ratios_are_of_a_round():
 
 
 def test_the_page_has_goals_met_and_missed(tmp_path):
-    invert_row = {"what": "world", "base": "world", "dtype": "float32", "side": 8, "note": ""}
+    invert_row = {"what": "world", "base": "world", "dtype": "float32", "side": 8, "note": "",
+                  "peak": 1 << 30}  # fmt: skip
     memory = [{"swaps": i, "resident": (100 + (i == 20)) << 20} for i in range(1, 21)]
     found = {
         generate.FORMAT: [
@@ -185,8 +186,8 @@ def test_the_page_has_goals_met_and_missed(tmp_path):
             {**step_row([1.1] * 8), "what": "images"},
         ],
         invert.FORMAT: [
-            {**invert_row, "who": "published", "k": 1, "rate": 2.0, "peak": 1 << 30, "rates": [2.0]},
-            {**invert_row, "who": "ours", "k": 1, "rate": 7.0, "peak": 1 << 30, "rates": [6.0, 8.0]},
+            {**invert_row, "who": "published", "k": 1, "rate": 2.0, "rates": [2.0]},
+            {**invert_row, "who": "ours", "k": 1, "rate": 7.0, "rates": [6.0, 8.0]},
             {**invert_row, "who": "ours", "k": 16, "rate": None, "peak": None, "rates": [],
              "note": "status 1: no"},
             {**invert_row, "what": "memory", "base": "sd15", "who": "ours, checkpointing", "k": 1,
@@ -206,18 +207,21 @@ def test_the_page_has_goals_met_and_missed(tmp_path):
     docs = tmp_path / "docs"
     text = generate_page.write(tmp_path, docs).read_text()
     assert "## CPU: not run" in text and "## GPU: a machine" in text
-    for line in (
-        "| world, 16 people x 1: at most 1% over the base | +3.0% (+3.0% to +3.0%, 8 rounds) "
-        "| short by 2.0% |",
-        "| world, 16 people x 4: at most 1% over the base | +0.0% (+0.0% to +0.0%, 8 rounds) | met |",
-        "| world, inversion, 1 at once: 3x identities an hour (on a GPU) | 3.50x | met |",
-        "| SD1.5, inversion of one photo in float32: at most 4 GiB | 5.00 GiB | short by 1.00 GiB |",
-        "| 20 swaps, hooks: base weights bitwise unchanged | 0 of the hashes differ | met |",
-        "| 5 swaps of a compiled model: no recompile | 2 beyond the first 1 graph(s) | short by 2 |",
-        "| ours | 16 | float32 | status 1: no | | | |",
-        "| ours | 1 | float32 | 7.00 (6.00 to 8.00) | 63.0 | 3.50 | 1.00 GiB |",
-    ):
-        assert line in text.replace("|  |", "| |").replace("|  |", "| |"), line
+    for cells in (
+        ("world, 16 people x 1: at most 1% over the base", "+3.0% (+3.0% to +3.0%, 8 rounds)",
+         "short by 2.0%"),
+        ("world, 16 people x 4: at most 1% over the base", "+0.0% (+0.0% to +0.0%, 8 rounds)",
+         "met"),
+        ("world, inversion, 1 at once: 3x identities an hour (on a GPU)", "3.50x", "met"),
+        ("SD1.5, inversion of one photo in float32: at most 4 GiB", "5.00 GiB",
+         "short by 1.00 GiB"),
+        ("20 swaps, hooks: base weights bitwise unchanged", "0 of the hashes differ", "met"),
+        ("5 swaps of a compiled model: no recompile", "2 beyond the first 1 graph(s)",
+         "short by 2"),
+        ("ours", "16", "float32", "status 1: no", "", "", ""),
+        ("ours", "1", "float32", "7.00 (6.00 to 8.00)", "63.0", "3.50", "1.00 GiB"),
+    ):  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in text, cells
     pictures = sorted(path.name for path in docs.glob("*.png"))
     assert pictures == [f"generate-{n}-cuda.png" for n in ("invert", "over", "swaps")]
     assert all(name in text for name in pictures)
