@@ -206,7 +206,7 @@ def _generation(rows: list[Row]) -> Iterator[str]:
         cells, mine = [], [r for r in rows if (r["base"], r["what"]) == (base, what)]
         for row in sorted(mine, key=lambda row: (row["images"], row["b"])):
             n = row["b"] * row["images"]
-            for name in row["seconds"]:
+            for name in (name for name in ("base", *COLOURS) if name in row["seconds"]):
                 seconds, over = took(row, name), ""
                 if name != "base":
                     mid, low, high, rounds = paired(row, name)
@@ -318,7 +318,7 @@ def _memory(axes: Any, rows: list[Row]) -> None:
         sizes = [point["resident"] / 2**20 for point in row["memory"]]
         axes.plot([point["swaps"] for point in row["memory"]], sizes, label=label)
     axes.set(xlabel="swaps", title="resident memory, MiB")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
 
 
 def _draw(path: Path, groups: list[list[Row]], fill: Callable[[Any, list[Row]], None]) -> None:

@@ -1,6 +1,6 @@
 """Ten thousand identities put into one model: ``python benchmarks/swaps.py``.
 
-Each swap is of new coefficients, one, four or two people a batch in turn for each thousand; every
+Each swap is of new coefficients, of one, four or two people a batch in turn for each hundred; every
 tenth is followed by a forward. The base's weights are hashed before, at each thousand and after;
 memory is noted at each hundred. Once with hooks, and once with merged weights, which must be the
 base's bits again after detaching. Then a compiled model, to which identities are put while dynamo's
@@ -51,7 +51,7 @@ def swaps(of: Model, n: int, merged: bool) -> dict[str, Any]:
     live = w2w.attach(of.unet, of.space, merged=merged)
 
     def some(first: int) -> None:
-        k = 1 if merged else PEOPLE[first // block % len(PEOPLE)]
+        k = 1 if merged else PEOPLE[first // point % len(PEOPLE)]
         generator = torch.Generator().manual_seed(first)
         for i in range(first, min(first + point, n)):
             c = torch.randn(k, of.space.m, generator=generator).to(of.space.sigma)
