@@ -10,7 +10,7 @@ B people with so many images each, by six ways around one set of weights:
     published             V c again in every module at every call, one person after the other
 
 ``--what steps`` times single steps of the denoiser for all rows, and apart from them the putting in
-of new people. ``--what images`` times whole calls of the world's pipeline, new people each time.
+of new people and what ours adds to a step, its hooks on the same tensors without the model around. ``--what images`` times whole calls of the world's pipeline, new people each time.
 All ways take turns in every round, rivals in every third, and what counts is the ratio to the base
 within a round. A way is timed after its result has been found right.
 """
@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Way:
     unet: Callable[..., Any]
     put: Callable[[Tensor], None]
     alone: bool = False
+    hooks: Mapping[str, Callable[..., Tensor]] = MappingProxyType({})
 
 
 @dataclass
@@ -84,7 +86,7 @@ def ours(of: Model, images: int, guided: bool) -> Way:
     def put(c: Tensor) -> None:
         live.identities = c
 
-    return Way("ours, guided" if guided else "ours", live.model, put)
+    return Way("ours, guided" if guided else "ours", live.model, put, hooks=live._hooks)
 
 
 def mixed(of: Model, b: int, images: int, groups: int) -> Way:
@@ -158,6 +160,26 @@ def step(way: Way, parts: list[Rows]) -> list[Tensor]:
     """One step of the denoiser for all rows, whoever was put in last."""
     t = torch.tensor(500, device=parts[0].latents.device)
     return [way.unet(part.latents, t, part.text).sample for part in parts]
+
+
+def added(of: Model, way: Way, rows: Rows) -> Callable[[], None]:
+    """All hooks of a way in turn, on what its modules are given and give in a step of the base."""
+    seen: list[tuple[Callable[..., Tensor], tuple, Tensor]] = []
+    handles = [
+        of.unet.get_submodule(name).register_forward_hook(
+            lambda module, args, out, hook=hook: seen.append((partial(hook, module), args, out))
+        )
+        for name, hook in way.hooks.items()
+    ]
+    step(Way("", of.unet, lambda c: None), [rows])
+    for handle in handles:
+        handle.remove()
+
+    def call() -> None:
+        for hook, args, out in seen:
+            hook(args, out)
+
+    return call
 
 
 def draw(way: Way, of: Model, c: Tensor, images: int) -> None:
@@ -235,6 +257,8 @@ def case(of: Model, what: str, b: int, images: int, groups: int, budget: float) 
                 name: [seconds(partial(put, way, people[i % 2])) for i in range(5)]
                 for name, way in found.items()
             }
+            hooked = {name: added(of, way, rows) for name, way in found.items() if way.hooks}
+            row["added"] = rounds(hooked, 5.0 if budget else 0.0, most=100)
     finally:
         of.pipe.unet = base
     return row

@@ -43,6 +43,7 @@ def test_generation_of_steps(tmp_path, monkeypatch):
         assert set(row["seconds"]) == set(row["put"]) == {
             "base", "ours", "PEFT adapter_names", "PEFT hotswap", "published"
         }  # fmt: skip
+        assert list(row["added"]) == ["ours"] and min(row["added"]["ours"]) > 0
         assert all(t > 0 for t in row["seconds"]["ours"]) and len(row["seconds"]["ours"]) == 3
         assert [t is None for t in row["seconds"]["published"]] == [False, True, True]
 
@@ -69,6 +70,23 @@ def test_a_way_with_a_wrong_result_is_not_timed(wrong, tiny, monkeypatch):
     monkeypatch.setattr(generate, "ways", ways)
     with pytest.raises(AssertionError, match="of the adapters' effect"):
         generate.case(tiny, "steps", 2, 1, 1, 0.0)
+
+
+@torch.no_grad()
+def test_hooks_alone_give_what_the_modules_gave(tiny):
+    """All of them run, on the base's own tensors, and nothing stays on the base."""
+    rows, c = generate.Rows.draw(tiny, 2, 1, 1), w2w.sample(tiny.space, 2, seed=0)
+    way = generate.ours(tiny, 1, False)
+    way.put(c)
+    calls = []
+    way.hooks = {
+        name: (lambda *args, name=name, hook=hook: calls.append((name, hook(*args), args[2])))
+        for name, hook in way.hooks.items()
+    }
+    generate.added(tiny, way, rows)()
+    assert {name for name, _, _ in calls} == set(tiny.space.layout.names)
+    assert all(y.shape == out.shape and not y.equal(out) for _, y, out in calls)
+    assert not any(module._forward_hooks for module in tiny.unet.modules())
 
 
 def test_rounds_go_to_and_fro():
@@ -166,7 +184,7 @@ def step_row(ratios, **more):
     ours = [b * r for b, r in zip(base, ratios, strict=True)]
     times = {"base": base, "ours": ours, "published": [4.0] + [None] * 7}
     return {"base": "world", "what": "steps", "b": 16, "images": 1, "rows": 32, "dtype": "float32",
-            "m": 3, "seconds": times, "put": {name: [0.1] for name in times}, **more}  # fmt: skip
+            "m": 3, "added": {"ours": [0.03]}, "seconds": times, "put": {name: [0.1] for name in times}, **more}  # fmt: skip
 
 
 def test_ratios_are_of_a_round():
@@ -209,6 +227,8 @@ def test_the_page_has_goals_met_and_missed(tmp_path):
     assert "## CPU: not run" in text and "## GPU: a machine" in text
     for cells in (
         ("world, 16 people x 1: at most 1% over the base", "+3.0% (+3.0% to +3.0%, 8 rounds)",
+         "short by 2.0%"),
+        ("... the hooks alone: world, 16 people x 1: at most 1% over the base", "+3.0%",
          "short by 2.0%"),
         ("world, 16 people x 4: at most 1% over the base", "+0.0% (+0.0% to +0.0%, 8 rounds)",
          "met"),
