@@ -10,7 +10,8 @@ B people with so many images each, by six ways around one set of weights:
     published             V c again in every module at every call, one person after the other
 
 ``--what steps`` times single steps of the denoiser for all rows, and apart from them the putting in
-of new people and what ours adds to a step, its hooks on the same tensors without the model around. ``--what images`` times whole calls of the world's pipeline, new people each time.
+of new people and what ours adds to a step, its hooks on the same tensors without the model around.
+``--what images`` times whole calls of the world's pipeline, new people each time.
 All ways take turns in every round, rivals in every third, and what counts is the ratio to the base
 within a round. A way is timed after its result has been found right.
 """

@@ -46,10 +46,9 @@ each round, so that what else the machine does hits all alike. **over base** is 
 ratios to the base within a round, with the 95% interval of that median by order statistics (all
 there is where rounds are fewer than six). An interval that holds 0% means: not told apart from the
 base. **hooks alone** is what `attach` adds to a step, timed without the model around it, as a share
-of the base's median: steadier than the difference of two large numbers, and an upper bound where the
-model leaves its tensors in the caches. **new people** is what putting in B others takes, once an
-image. **images** are whole calls of the pipeline with {generate.STEPS} steps, guidance, text encoder
-and VAE, new people in each.
+of the base's median: steadier than the difference of two large numbers. **new people** is what
+putting in B others takes, once an image. **images** are whole calls of the pipeline with
+{generate.STEPS} steps, guidance, text encoder and VAE, new people in each.
 The world's steps have the doubled batch of guidance, the SD1.5-size ones one row an image, of 8 x 8
 latents on a CPU (a sixty-fourth of the real size) and 64 x 64 on a GPU.
 

@@ -184,7 +184,8 @@ def step_row(ratios, **more):
     ours = [b * r for b, r in zip(base, ratios, strict=True)]
     times = {"base": base, "ours": ours, "published": [4.0] + [None] * 7}
     return {"base": "world", "what": "steps", "b": 16, "images": 1, "rows": 32, "dtype": "float32",
-            "m": 3, "added": {"ours": [0.03]}, "seconds": times, "put": {name: [0.1] for name in times}, **more}  # fmt: skip
+            "m": 3, "added": {"ours": [0.03]}, "seconds": times,
+            "put": {name: [0.1] for name in times}, **more}  # fmt: skip
 
 
 def test_ratios_are_of_a_round():
