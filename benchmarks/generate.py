@@ -276,11 +276,11 @@ def cases(base: str, what: str, device: str) -> Iterator[tuple[int, int, float]]
     if what == "images":
         yield from ((16, 1, 60), (1, 1, 12), (4, 1, 15), (1, 4, 15), (4, 4, 40))
     elif base == "world":
-        yield from ((16, 1, 80), (1, 1, 15), (4, 1, 20), (1, 4, 20), (4, 4, 30))
+        yield from ((16, 1, 60), (1, 1, 10), (4, 1, 12), (1, 4, 12), (4, 4, 25))
     else:
-        yield from ((16, 1, 80), (1, 1, 20), (4, 1, 30), (1, 4, 30), (4, 4, 45))
+        yield from ((16, 1, 60), (1, 1, 20), (4, 1, 30), (1, 4, 30), (4, 4, 45))
     if device != "cpu" or (base, what) == ("world", "steps"):
-        yield 16, 4, 50
+        yield 16, 4, 40
 
 
 def measure(
