@@ -141,7 +141,7 @@ def _about(runs: list[Row]) -> str:
         changed = " (with uncommitted changes)" if run["dirty"] else ""
         lines.append(
             f"- {FORMATS[run['format']]}, {run['date']}, commit {run['commit']}{changed}, "
-            f"{run['machine']['threads']} threads of {run['machine']['cores']} cores"
+            f"threads {run['machine']['threads']}, cores {run['machine']['cores']}"
         )
     return "\n".join(lines) + "\n"
 
