@@ -21,10 +21,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class Way:
     unet: Callable[..., Any]
     put: Callable[[Tensor], None]
     alone: bool = False
-    hooks: Mapping[str, Callable[..., Tensor]] = MappingProxyType({})
+    hooks: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
 @dataclass
