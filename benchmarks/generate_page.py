@@ -142,6 +142,7 @@ def _about(runs: list[Row]) -> str:
         lines.append(
             f"- {FORMATS[run['format']]}, {run['date']}, commit {run['commit']}{changed}, "
             f"threads {run['machine']['threads']}, cores {run['machine']['cores']}"
+            + (f"; {run['note']}" if run.get("note") else "")
         )
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -104,28 +104,34 @@ def lines(what: str, device: str) -> Iterator[Line]:
     yield what, "ours, checkpointing", 16, steps[16], dtype, side
 
 
-def measure(what: str, device: str, rounds: int, limit: float) -> list[dict[str, Any]]:
-    """Every line in turn, `rounds` times; a line that fails says so."""
-    wanted = list(lines(what, device))
-    found: list[list[dict[str, Any]]] = [[] for _ in wanted]
-    notes = [""] * len(wanted)
-    for _ in range(rounds):
-        for i, line in enumerate(wanted):
-            got = alone(__file__, [*map(str, line), device], limit)
-            if "note" in got:
-                notes[i] = got["note"]
-                continue
-            found[i].append(got)
-            print(*line, f"{got['rate']:.3f} sample-steps/s", f"{got['peak'] / 2**30:.2f} GiB",
-                  flush=True)  # fmt: skip
+def table(wanted: list[Line], found: list[list[dict]], notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a result: of each line its medians, and the rate of every round."""
     rows = []
     names = ("base", "who", "k", "steps", "dtype", "side")
     for line, got, note in zip(wanted, found, notes, strict=True):
-        row = {"what": what, **dict(zip(names, line, strict=True)), "note": note}
+        row = {**dict(zip(names, line, strict=True)), "note": note}
         for key in ("rate", "peak"):
             row[key] = median(x[key] for x in got) if got else None
         rows.append({**row, "rates": [x["rate"] for x in got]})
     return rows
+
+
+def measure(
+    what: str, device: str, rounds: int, limit: float, save: Callable[[list], None]
+) -> None:
+    """Every line in turn, `rounds` times, saved after each; a line that fails says so."""
+    wanted = list(lines(what, device))
+    found: list[list[dict[str, Any]]] = [[] for _ in wanted]
+    notes = ["not run"] * len(wanted)
+    for _ in range(rounds):
+        for i, line in enumerate(wanted):
+            got = alone(__file__, [*map(str, line), device], limit)
+            notes[i] = got.get("note", "")
+            if not notes[i]:
+                found[i].append(got)
+                print(*line, f"{got['rate']:.3f} sample-steps/s", f"{got['peak'] / 2**30:.2f} GiB",
+                      flush=True)  # fmt: skip
+            save([{"what": what, **row} for row in table(wanted, found, notes)])
 
 
 def main() -> int:
@@ -143,9 +149,12 @@ def main() -> int:
         base, who, k, steps, dtype, side, device = args.one
         print(json.dumps(one(base, who, int(k), int(steps), dtype, int(side), device)))
         return 0
-    rows = measure(args.what, args.device, args.rounds, args.limit)
-    if args.out:
-        write_json(args.out, record(FORMAT, VERSION, args.what == "tiny", args.device, rows))
+
+    def save(rows: list) -> None:
+        if args.out:
+            write_json(args.out, record(FORMAT, VERSION, args.what == "tiny", args.device, rows))
+
+    measure(args.what, args.device, args.rounds, args.limit, save)
     return 0
 
 

@@ -136,8 +136,11 @@ def test_a_line_that_fails_says_so(tmp_path, monkeypatch):
     assert models.alone(str(script), ["x"], 0.2) == {"note": "stopped after 0 s"}
     answers = iter([{"rate": 2.0, "peak": 1}, {"note": "killed"}, {"rate": 4.0, "peak": 3}])
     monkeypatch.setattr(invert, "alone", lambda *_: next(answers))
-    rows = invert.measure("tiny", "cpu", 1, 60)
-    assert [(row["rate"], row["note"]) for row in rows] == [(2.0, ""), (None, "killed"), (4.0, "")]
+    saved = []
+    invert.measure("tiny", "cpu", 1, 60, saved.append)
+    told = [[(row["rate"], row["note"]) for row in rows] for rows in saved]
+    assert told[0] == [(2.0, ""), (None, "not run"), (None, "not run")], "saved after each line"
+    assert told[2] == [(2.0, ""), (None, "killed"), (4.0, "")]
 
 
 def test_the_peak_can_start_anew():
