@@ -234,6 +234,17 @@ def _generation(rows: list[Row]) -> Iterator[str]:
         yield f"#### {base}, {what} ({mine[0]['dtype']})\n"
         more = ("new people", "hooks alone") if what == "steps" else ()
         yield _table((*head, *more), cells)
+        yield _noise(mine)
+
+
+def _noise(rows: list[Row]) -> str:
+    """How much calls of the base differ among themselves."""
+    share = sorted(t / took(row, "base") - 1 for row in rows for t in row["seconds"]["base"])
+    low, high = share[len(share) // 4], share[3 * len(share) // 4]
+    return (
+        f"Noise: half of all calls of the base took {low:+.0%} to {high:+.0%} of their case's "
+        f"median, the slowest {share[-1]:+.0%}.\n"
+    )
 
 
 def _inversion(rows: list[Row]) -> Iterator[str]:

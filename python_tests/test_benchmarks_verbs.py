@@ -246,6 +246,8 @@ def test_the_page_has_goals_met_and_missed(tmp_path):
         ("ours", "1", "float32", "7.00 (6.00 to 8.00)", "63.0", "3.50", "1.00 GiB"),
     ):  # fmt: skip
         assert f"| {' | '.join(cells)} |" in text, cells
+    assert "Noise: half of all calls of the base took +0% to +0% of" in text
+    assert "the slowest +300%" in text
     pictures = sorted(path.name for path in docs.glob("*.png"))
     assert pictures == [f"generate-{n}-cuda.png" for n in ("invert", "over", "swaps")]
     assert all(name in text for name in pictures)
