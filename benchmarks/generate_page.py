@@ -159,10 +159,11 @@ def goals(device: str, rows: Runs) -> Iterator[tuple[str, str, str]]:
                 verdict += ", the interval holds the goal"
             what = f"{row['base']}, {row['b']} people x {row['images']}: at most 1% over the base"
             yield what, f"{mid:+.1%} ({low:+.1%} to {high:+.1%}, {n} rounds)", verdict
+            share, verdict = None, "not run"
             if row.get("added"):
                 share = added(row, "ours") / took(row, "base")
                 verdict = "met" if share <= 0.01 else f"short by {share - 0.01:.1%}"
-                yield f"... the hooks alone: {what}", f"{share:+.1%}", verdict
+            yield f"... the hooks alone: {what}", "" if share is None else f"{share:+.1%}", verdict
     for base in ("world", "sd15"):
         for k, goal in ((1, 3.0), (16, 10.0)):
             mine, other = (
@@ -235,6 +236,11 @@ def _generation(rows: list[Row]) -> Iterator[str]:
         more = ("new people", "hooks alone") if what == "steps" else ()
         yield _table((*head, *more), cells)
         yield _noise(mine)
+        wanted = [(b, images) for b, images, _ in generate.cases(base, what, "all")]
+        there = {(row["b"], row["images"]) for row in mine}
+        missing = [f"{b} x {images}" for b, images in wanted if (b, images) not in there]
+        if missing:
+            yield f"Not run: {', '.join(missing)}.\n"
 
 
 def _noise(rows: list[Row]) -> str:
