@@ -7,7 +7,7 @@ tools (scikit-build-core, pybind11, cmake, ninja); no network. `build` installs 
 place into this Python (where that is the system's own, set PIP_BREAK_SYSTEM_PACKAGES=1, or use an
 environment). Without git, name the checkout's commit in W2W_COMMIT. A stage that fails does not
 stop the next. Copy FOLDER's benchmarks-*.json to benchmarks/results and run report.py to put the
-figures into docs/benchmarks.md; populate.json likewise, as cuda-populate.json.
+figures into docs/benchmarks.md; those of the stage verbs likewise, as cuda-NAME.json.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ BENCHES = {
     "ops": ("reconstruct", "project", "merge", "edit"),
     "linear": ("adapted_linear",),
     "unet": ("unet",),
+}
+VERBS = {
+    "populate": ("populate.py",),
+    "generate-world-steps": ("generate.py", "--base", "world", "--what", "steps"),
+    "generate-world-images": ("generate.py", "--base", "world", "--what", "images"),
+    "generate-sd15-steps": ("generate.py", "--base", "sd15", "--what", "steps"),
+    "invert-world": ("invert.py", "--what", "world"),
+    "invert-sd15": ("invert.py", "--what", "sd15"),
+    "invert-memory": ("invert.py", "--what", "memory", "--rounds", "1"),
+    "swaps": ("swaps.py",),
 }
 Stage = dict[str, Any]
 
@@ -151,16 +161,21 @@ def bench(session: Session) -> Stage:
 
 
 def verbs(session: Session) -> Stage:
-    """The benchmark of `populate`, which is a script of its own."""
-    out = session.out / "populate.json"
-    status, text = session.run(
-        [
-            sys.executable, str(ROOT / "benchmarks" / "populate.py"), "--device", "cuda",
-            "--out", str(out),
-        ],
-        "verbs.log", 1800,
-    )  # fmt: skip
-    return {"ok": status == 0 and out.is_file(), "say": _last(text), "files": [out.name]}
+    """The benchmarks of whole verbs, each a script of its own."""
+    stage: Stage = {"ok": True, "files": []}
+    says = []
+    for name, (script, *options) in VERBS.items():
+        out = session.out / f"{name}.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+        status, text = session.run(
+            [*command, "--device", "cuda", "--out", str(out)], "verbs.log", 1800
+        )
+        stage["ok"] = stage["ok"] and status == 0 and out.is_file()
+        if out.is_file():
+            stage["files"].append(out.name)
+        says.append(f"{name}: exit {status}" + (f" ({_last(text)})" if status else ""))
+    stage["say"] = ", ".join(says)
+    return stage
 
 
 def _last(text: str) -> str:
