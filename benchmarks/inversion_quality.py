@@ -112,14 +112,14 @@ def find(work: Path, world: Path, arm: str, n: int) -> Tensor:
         _, photos, masks = held_out_photos(n)
     settings = {**space.meta["invert"], **ARMS.get(arm, {})}
     work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    start, commit = time.perf_counter(), machine.commit()
     found = invert(
         space, load_for_training(world), photos, masks=masks, state=file.with_suffix(".state"),
         **settings,
     )  # fmt: skip
     about = {
         "settings": settings, "seconds": round(time.perf_counter() - start), "space": _key(space),
-        "threads": torch.get_num_threads(), **machine.commit(),
+        "threads": torch.get_num_threads(), **commit,
     }  # fmt: skip
     write_coefficients(file, found, {"about": json.dumps(about)})
     return found
