@@ -32,7 +32,7 @@ from w2w_fast.verbs.invert import PAPER, invert
 
 FORMAT, VERSION = "w2w_fast.benchmark.inversion", 1
 PEOPLE = 64
-EACH = 16
+EACH = 12
 """Pictures of each odd kind, of the first of the same people."""
 
 ARMS: dict[str, dict[str, Any]] = {
