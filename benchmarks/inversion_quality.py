@@ -15,25 +15,32 @@ import hashlib
 import json
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from w2w_fast import WeightSpace
 from w2w_fast.benchmarks import machine
 from w2w_fast.coefficients import read_coefficients, write_coefficients
-from w2w_fast.demo import WORLD, render
-from w2w_fast.demo.build import load_for_training
+from w2w_fast.demo import WORLD, pipeline, render, score
+from w2w_fast.demo.build import load_for_training, persons
+from w2w_fast.demo.reading import Reader
 from w2w_fast.demo.score import held_out_photos
+from w2w_fast.files import atomic_path, read_tensors, write_json, write_tensors
+from w2w_fast.pictures import contact_sheet
 from w2w_fast.verbs.invert import PAPER, invert
 
 FORMAT, VERSION = "w2w_fast.benchmark.inversion", 1
-PEOPLE = 64
+PEOPLE, IMAGES, RESAMPLES = 64, 3, 10_000
 EACH = 12
 """Pictures of each odd kind, of the first of the same people."""
+
+Measures = dict[str, Tensor]  # a number for each person
 
 ARMS: dict[str, dict[str, Any]] = {
     "together": {},
@@ -78,7 +85,6 @@ def real() -> tuple[Tensor, list[str]]:
     astronaut, and faces of 25 x 25 grey pixels."""
     import numpy as np
     import skimage
-    from PIL import Image
 
     from w2w_fast.demo.run import portrait
     from w2w_fast.sources import fitted
@@ -125,6 +131,152 @@ def find(work: Path, world: Path, arm: str, n: int) -> Tensor:
     return found
 
 
+# --- judged by the reader -------------------------------------------------------------------------
+
+
+def judged(people: Tensor, made: Tensor, reader: Any, gallery: Tensor, places: Tensor) -> Measures:
+    """Of each of n people, from pictures [n * IMAGES] of it in a row and everybody's gallery."""
+    n = len(people)
+    rows = torch.arange(n).repeat_interleave(IMAGES)
+    reading = reader.read(made)
+    mine = F.normalize(reading.embedding.view(n, IMAGES, -1).mean(1))
+    likeness = mine @ gallery.T
+    own = likeness[torch.arange(n), torch.arange(n)]
+    error = (reading.continuous - people[rows, score.NB :]).abs().mean(1)
+    each = {
+        "attributes": score.right(reading, people[rows]).float().mean(1),
+        "continuous": error,
+        "prompt": (reading.place.argmax(1) == places).float(),
+        "face": (reading.face > 0.5).float(),
+    }
+    found = {name: value.view(n, IMAGES).mean(1) for name, value in each.items()}
+    rank = (likeness > own[:, None]).sum(1) + 1.0
+    return {**found, "similarity": own, "rank": rank, "top1": (rank == 1).float()}
+
+
+def interval(values: Tensor, what: str = "mean") -> list[float]:
+    """[the figure, 2.5% and 97.5% of it over resampled people]; what: "mean" or "median"."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    figure = {"mean": lambda x: x.mean(-1), "median": lambda x: x.median(-1).values}[what]
+    ends = figure(values[drawn]).quantile(torch.tensor([0.025, 0.975]))
+    return [float(figure(values)), *ends.tolist()]
+
+
+def summary(found: Measures, first: Measures | None = None) -> dict[str, list[float]]:
+    """Each measure with its interval; first: those of the arm that differences are taken from.
+
+    Differences are of the same people, prompts and seeds: those that both arms have.
+    """
+    told = {k: interval(v, "median" if k == "rank" else "mean") for k, v in found.items()}
+    if first is not None:
+        n = min(len(found["rank"]), len(first["rank"]))
+        told |= {f"{k} less": interval(v[:n] - first[k][:n]) for k, v in found.items()}
+    return told
+
+
+def distances(space: WeightSpace, c: Tensor) -> dict[str, Any]:
+    """Mahalanobis distances from the population's mean, and where they lie in the population's."""
+    z, own = ((x - space.mu) / space.sigma for x in (c, space.coefficients))
+    far, population = z.norm(dim=1), own.norm(dim=1)
+    levels = torch.tensor([0.0, 0.5, 0.95, 0.99, 1.0])
+    return {
+        "each": far.tolist(),
+        "population": population.quantile(levels).tolist(),
+        "inside": float((far <= population.max()).float().mean()),
+        "within 99%": float((far <= population.quantile(0.99)).float().mean()),
+    }
+
+
+def pictures(work: Path, space: WeightSpace, pipe: Any, arm: str, c: Tensor) -> Tensor:
+    """IMAGES pictures of each person of an arm, kept in WORK; the same prompts and seeds in all."""
+    file = work / f"{arm.replace(' ', '-')}.pictures.safetensors"
+    if not file.exists():
+        rows = torch.arange(len(c)).repeat_interleave(IMAGES)
+        made = score.pictures(space, pipe, c[rows], score.prompts(len(rows), 51)[0], 3000)
+        write_tensors(file, {"pictures": made}, {})
+    return read_tensors(file, mmap=False)[0]["pictures"]
+
+
+def measure(work: Path, world: Path, n: int, docs: Path | None) -> dict[str, Any]:
+    """Everything: the arms, the odd kinds, real renderings as the ceiling; sheets into docs."""
+    space = WeightSpace.load(world / "space")
+    reader, pipe = Reader.load(world / "reader.safetensors"), pipeline(world=world)
+    people, photos, _ = held_out_photos(n)
+    everybody = torch.cat([people, persons("population", space.n)])
+    gallery = score.gallery(reader, everybody)
+    places = score.prompts(n * IMAGES, 51)[1]
+    found: dict[str, Measures] = {}
+    arms: dict[str, Any] = {}
+    made: dict[str, Tensor] = {}
+    for arm in ARMS:
+        c = find(work, world, arm, n)
+        k = len(c)
+        made[arm] = pictures(work, space, pipe, arm, c)
+        found[arm] = judged(people[:k], made[arm], reader, gallery, places[: k * IMAGES])
+        arms[arm] = {
+            "people": k, **_about(work, arm), "distance": distances(space, c),
+            **summary(found[arm], None if arm == "together" else found["together"]),
+        }  # fmt: skip
+        arms[arm]["apart"] = float(((c - find(work, world, "together", n)[:k]) / space.sigma)
+                                   .square().mean().sqrt())  # fmt: skip
+    conditions = render.conditions(n * IMAGES, torch.Generator().manual_seed(51))
+    real = render.render(people.repeat_interleave(IMAGES, 0), conditions)
+    ceiling = summary(judged(people, real, reader, gallery, places))
+    c = find(work, world, "odd", n)
+    odd_made = pictures(work, space, pipe, "odd", c)
+    twins = {name: value[:EACH] for name, value in found["together"].items()}
+    odd: dict[str, Any] = {}
+    for i, kind in enumerate(ODD):
+        mine = slice(i * EACH, (i + 1) * EACH)
+        odd[kind] = {"people": EACH, "distance": distances(space, c[mine])}
+        part = odd_made[i * EACH * IMAGES : (i + 1) * EACH * IMAGES]
+        odd[kind]["face"] = interval(
+            (reader.read(part).face > 0.5).float().view(EACH, IMAGES).mean(1)
+        )
+        if kind != "real":
+            here = places[i * EACH * IMAGES : (i + 1) * EACH * IMAGES]
+            odd[kind] |= summary(judged(people[:EACH], part, reader, gallery, here), twins)
+    odd["twins"] = {"people": EACH, **summary(twins)}
+    if docs is not None:
+        sheets(docs, photos, made, odd_made)
+    return {
+        "format": FORMAT, "version": VERSION, "quick": n < PEOPLE,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": "cpu", "machine": machine.describe("cpu"), "versions": machine.versions(),
+        **machine.commit(), "space": _key(space), "components": space.m, "n": space.n,
+        "images": IMAGES, "gallery": len(everybody), "own": space.meta["invert"],
+        "arms": arms, "ceiling": ceiling, "odd": odd, "odd_about": _about(work, "odd"),
+    }  # fmt: skip
+
+
+def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor], odd: Tensor) -> None:
+    """Two pictures: eight people as each arm found them; the odd kinds before and after."""
+
+    def sheet(rows: list[tuple[str, Tensor]], name: str) -> None:
+        columns = len(rows[0][1])
+        cells = [Image.fromarray(x.permute(1, 2, 0).numpy()) for _, row in rows for x in row]
+        labels = [label for label, row in rows for _ in row]
+        with atomic_path(docs / name) as temporary:
+            contact_sheet(cells, columns, labels).quantize(192).save(temporary, "PNG")
+
+    who = torch.arange(8)
+    rows = [("the photo", photos[who])]
+    rows += [(arm, pictures[who * IMAGES + 1]) for arm, pictures in made.items()]
+    sheet(rows, "invert-people.png")
+    rows, before = [], odd_photos()[0]
+    for i, kind in enumerate(ODD):
+        at = i * EACH + torch.arange(8)
+        rows += [(kind, before[at]), ("found", odd[at * IMAGES])]
+    sheet(rows, "invert-odd.png")
+
+
+def _about(work: Path, arm: str) -> dict[str, Any]:
+    """What is kept beside an arm's coefficients: settings, commit."""
+    metadata = read_tensors(work / f"{arm.replace(' ', '-')}.safetensors")[1]
+    return json.loads(metadata["about"])
+
+
 def _key(space: WeightSpace) -> str:
     return hashlib.sha256(space.mean.float().numpy().tobytes()).hexdigest()[:16]
 
@@ -135,9 +287,15 @@ def main() -> int:
     parser.add_argument("--world", type=Path, default=WORLD)
     parser.add_argument("--arm", action="append", help="only invert, in this way; may be repeated")
     parser.add_argument("--people", type=int, default=PEOPLE, help="of them the first so many")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--docs", type=Path, help="a folder for sheets of pictures")
     args = parser.parse_args()
-    for arm in args.arm or (*ARMS, "odd"):
+    for arm in args.arm or ():
         find(args.work, args.world, arm, args.people)
+    if not args.arm:
+        found = measure(args.work, args.world, args.people, args.docs)
+        if args.out:
+            write_json(args.out, found)
     return 0
 
 
