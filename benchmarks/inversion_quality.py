@@ -106,8 +106,11 @@ def odd_photos() -> tuple[Tensor, Tensor]:
     return pictures, torch.cat([masks] * 3 + [centre_mask(render.SIZE).expand(EACH, -1, -1, -1)])
 
 
-def find(work: Path, world: Path, arm: str, n: int) -> Tensor:
-    """The coefficients of an arm, from WORK or made now; arm: a key of `ARMS`, or "odd"."""
+def find(work: Path, world: Path, arm: str, n: int, quick: bool = False) -> Tensor:
+    """The coefficients of an arm, from WORK or made now; arm: a key of `ARMS`, or "odd".
+
+    quick: in two steps, to see that everything works.
+    """
     file = work / f"{arm.replace(' ', '-')}.safetensors"
     space = WeightSpace.load(world / "space")
     if file.exists():
@@ -116,7 +119,7 @@ def find(work: Path, world: Path, arm: str, n: int) -> Tensor:
         photos, masks = odd_photos()
     else:
         _, photos, masks = held_out_photos(n)
-    settings = {**space.meta["invert"], **ARMS.get(arm, {})}
+    settings = {**space.meta["invert"], **ARMS.get(arm, {}), **({"steps": 2} if quick else {})}
     work.mkdir(parents=True, exist_ok=True)
     start, commit = time.perf_counter(), machine.commit()
     found = invert(
@@ -198,7 +201,7 @@ def pictures(work: Path, space: WeightSpace, pipe: Any, arm: str, c: Tensor) -> 
     return read_tensors(file, mmap=False)[0]["pictures"]
 
 
-def measure(work: Path, world: Path, n: int, docs: Path | None) -> dict[str, Any]:
+def measure(work: Path, world: Path, n: int, docs: Path | None, quick: bool) -> dict[str, Any]:
     """Everything: the arms, the odd kinds, real renderings as the ceiling; sheets into docs."""
     space = WeightSpace.load(world / "space")
     reader, pipe = Reader.load(world / "reader.safetensors"), pipeline(world=world)
@@ -210,7 +213,7 @@ def measure(work: Path, world: Path, n: int, docs: Path | None) -> dict[str, Any
     arms: dict[str, Any] = {}
     made: dict[str, Tensor] = {}
     for arm in ARMS:
-        c = find(work, world, arm, n)
+        c = find(work, world, arm, n, quick)
         k = len(c)
         made[arm] = pictures(work, space, pipe, arm, c)
         found[arm] = judged(people[:k], made[arm], reader, gallery, places[: k * IMAGES])
@@ -218,12 +221,12 @@ def measure(work: Path, world: Path, n: int, docs: Path | None) -> dict[str, Any
             "people": k, **_about(work, arm), "distance": distances(space, c),
             **summary(found[arm], None if arm == "together" else found["together"]),
         }  # fmt: skip
-        arms[arm]["apart"] = float(((c - find(work, world, "together", n)[:k]) / space.sigma)
-                                   .square().mean().sqrt())  # fmt: skip
+        together = find(work, world, "together", n)[:k]
+        arms[arm]["apart"] = float(((c - together) / space.sigma).square().mean().sqrt())
     conditions = render.conditions(n * IMAGES, torch.Generator().manual_seed(51))
     real = render.render(people.repeat_interleave(IMAGES, 0), conditions)
     ceiling = summary(judged(people, real, reader, gallery, places))
-    c = find(work, world, "odd", n)
+    c = find(work, world, "odd", n, quick)
     odd_made = pictures(work, space, pipe, "odd", c)
     twins = {name: value[:EACH] for name, value in found["together"].items()}
     odd: dict[str, Any] = {}
@@ -241,7 +244,7 @@ def measure(work: Path, world: Path, n: int, docs: Path | None) -> dict[str, Any
     if docs is not None:
         sheets(docs, photos, made, odd_made)
     return {
-        "format": FORMAT, "version": VERSION, "quick": n < PEOPLE,
+        "format": FORMAT, "version": VERSION, "quick": quick,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu", "machine": machine.describe("cpu"), "versions": machine.versions(),
         **machine.commit(), "space": _key(space), "components": space.m, "n": space.n,
@@ -252,6 +255,7 @@ def measure(work: Path, world: Path, n: int, docs: Path | None) -> dict[str, Any
 
 def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor], odd: Tensor) -> None:
     """Two pictures: eight people as each arm found them; the odd kinds before and after."""
+    most = min(8, EACH, len(photos))
 
     def sheet(rows: list[tuple[str, Tensor]], name: str) -> None:
         columns = len(rows[0][1])
@@ -260,13 +264,13 @@ def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor], odd: Tensor) -> 
         with atomic_path(docs / name) as temporary:
             contact_sheet(cells, columns, labels).quantize(192).save(temporary, "PNG")
 
-    who = torch.arange(8)
+    who = torch.arange(most)
     rows = [("the photo", photos[who])]
-    rows += [(arm, pictures[who * IMAGES + 1]) for arm, pictures in made.items()]
+    rows += [(arm, pictures[who * IMAGES]) for arm, pictures in made.items()]
     sheet(rows, "invert-people.png")
     rows, before = [], odd_photos()[0]
     for i, kind in enumerate(ODD):
-        at = i * EACH + torch.arange(8)
+        at = i * EACH + torch.arange(most)
         rows += [(kind, before[at]), ("found", odd[at * IMAGES])]
     sheet(rows, "invert-odd.png")
 
@@ -286,14 +290,15 @@ def main() -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--world", type=Path, default=WORLD)
     parser.add_argument("--arm", action="append", help="only invert, in this way; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="two steps: does it work?")
     parser.add_argument("--people", type=int, default=PEOPLE, help="of them the first so many")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--docs", type=Path, help="a folder for sheets of pictures")
     args = parser.parse_args()
     for arm in args.arm or ():
-        find(args.work, args.world, arm, args.people)
+        find(args.work, args.world, arm, args.people, args.quick)
     if not args.arm:
-        found = measure(args.work, args.world, args.people, args.docs)
+        found = measure(args.work, args.world, args.people, args.docs, args.quick)
         if args.out:
             write_json(args.out, found)
     return 0

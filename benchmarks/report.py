@@ -1,7 +1,7 @@
 """Make docs/benchmarks.md and its pictures from the JSON of runs: ``python benchmarks/report.py``.
 
-And docs/fit.md and docs/populate.md from those of fit.py and populate.py, by fit_page.py and
-populate_page.py.
+And docs/fit.md, docs/populate.md and docs/invert.md from those of fit.py, populate.py and
+inversion_quality.py, by fit_page.py, populate_page.py and inversion_page.py.
 
 Of each device the newest full run counts (files of one commit together are one run). Where no run
 exists the page says so.
@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from w2w_fast.benchmarks import fit, fit_page, goals, pictures, populate, populate_page
+from w2w_fast.benchmarks import (
+    fit,
+    fit_page,
+    goals,
+    inversion_page,
+    inversion_quality,
+    pictures,
+    populate,
+    populate_page,
+)
 from w2w_fast.benchmarks.bench import KINDS
 from w2w_fast.benchmarks.run import FORMAT, OPS, VERSION, cells, duration, speed
 from w2w_fast.errors import InputError
@@ -22,6 +31,7 @@ from w2w_fast.files import atomic_path, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = dict[str, Any]
+OTHERS = (fit.FORMAT, populate.FORMAT, inversion_quality.FORMAT)  # each with a page of its own
 
 _HEAD = ("case", "contender", "time", "rate", "of floor", *(f"x {kind}" for kind in KINDS[1:]))
 
@@ -56,7 +66,7 @@ def runs(folder: Path) -> list[Run]:
     groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for path in sorted(folder.glob("*.json")):
         run = read_json(path)
-        if isinstance(run, dict) and run.get("format") in (fit.FORMAT, populate.FORMAT):
+        if isinstance(run, dict) and run.get("format") in OTHERS:
             continue
         if not isinstance(run, dict) or run.get("format") != FORMAT or run["version"] != VERSION:
             raise InputError(f"{path}: not a benchmark's result of version {VERSION}")
@@ -202,6 +212,7 @@ def write(results: Path, docs: Path) -> Path:
         temporary.write_text(page(found, names), encoding="utf-8")
     fit_page.write(results, docs)
     populate_page.write(results, docs)
+    inversion_page.write(results, docs)
     return out
 
 
