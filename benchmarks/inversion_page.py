@@ -28,12 +28,12 @@ people share a batch and nobody's result depends on who else is in it. The publi
 
 It starts from the population's mean. `--start FILE` takes other coefficients; there is no start
 that is guessed from the photo, since the one that was tried does not pay for itself. On 16 held-out
-people of the world that ships, one Gauss-Newton step with a ridge (Jacobians from 8 draws of noise,
-1 to 8 conjugate gradient iterations, three strengths: the work of 20 to 90 steps) brought the loss
-under other noise from 0.1118 to 0.1042 at best; 16 steps of Adam at lr 0.3 to 0.1039, 35 at 0.2 to
-0.1008, 70 at 0.2 to 0.0979. The answer lies about one standard deviation a component from the mean,
-where the denoiser is no longer linear in c. What does save time is fewer steps at a larger rate:
-the arm "70 steps" below.
+people of the world that ships, measured once, a Gauss-Newton step with a ridge (Jacobians from 8
+draws of noise, 1 to 8 iterations of conjugate gradients, three strengths: the work of 16 to 72
+steps) brought the loss under other noise from 0.1118 to 0.1042 at best; 16 steps of Adam at lr 0.3
+brought it to 0.1039, 35 at 0.2 to 0.1008, 70 at 0.2 to 0.0979. The answer lies about one standard
+deviation a component from the mean, too far, it seems, for a denoiser taken as linear in c. What
+can save time is fewer steps at a larger rate: the arm "70 steps" below.
 """
 
 HOW = """\
