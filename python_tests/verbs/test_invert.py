@@ -183,6 +183,7 @@ def test_refuses_pipelines_that_people_are_not_trained_on(pipe, tmp_path, monkey
         with pytest.raises(InputError, match=f"^pipe: wanted .* got a {type(other).__name__}"):
             invert(space, other, photographs(1), **OPTIONS)
     space = make_space(Layout.discover(pipe.unet, alpha=8.0))
-    monkeypatch.setitem(pipe.unet.config, "in_channels", 9)
+    inpainting = type(pipe.unet).from_config({**pipe.unet.config, "in_channels": 9})
+    monkeypatch.setattr(pipe, "unet", inpainting)
     with pytest.raises(InputError, match="^pipe: wanted a UNet of 4 channels, .* got 9: .*inpaint"):
         invert(space, pipe, photographs(1), **OPTIONS)
