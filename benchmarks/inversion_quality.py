@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -121,15 +120,12 @@ def find(work: Path, world: Path, arm: str, n: int, quick: bool = False) -> Tens
         _, photos, masks = held_out_photos(n)
     settings = {**space.meta["invert"], **ARMS.get(arm, {}), **({"steps": 2} if quick else {})}
     work.mkdir(parents=True, exist_ok=True)
-    start, commit = time.perf_counter(), machine.commit()
+    commit = machine.commit()
     found = invert(
         space, load_for_training(world), photos, masks=masks, state=file.with_suffix(".state"),
         **settings,
     )  # fmt: skip
-    about = {
-        "settings": settings, "seconds": round(time.perf_counter() - start), "space": _key(space),
-        "threads": torch.get_num_threads(), **commit,
-    }  # fmt: skip
+    about = {"settings": settings, "space": _key(space), **commit}
     write_coefficients(file, found, {"about": json.dumps(about)})
     return found
 
@@ -278,7 +274,8 @@ def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor], odd: Tensor) -> 
 def _about(work: Path, arm: str) -> dict[str, Any]:
     """What is kept beside an arm's coefficients: settings, commit."""
     metadata = read_tensors(work / f"{arm.replace(' ', '-')}.safetensors")[1]
-    return json.loads(metadata["about"])
+    about = json.loads(metadata["about"])
+    return {name: about[name] for name in ("settings", "space", "commit", "dirty")}
 
 
 def _key(space: WeightSpace) -> str:
