@@ -153,7 +153,8 @@ def _distances(found: Run) -> str:
         inside = (about["distance"][k] for k in ("within 99%", "inside"))
         lines.append([name, str(len(d)), spread, *(f"{x:.0%}" for x in inside)])
     head = ["", "people", "least, median, most", "within 99%", "within the farthest"]
-    return f"{text}\n{_table(head, lines)}"
+    portrait = found["odd"]["real"]["distance"]["each"][0]
+    return f"{text}\n{_table(head, lines)}\nThe portrait is the real one at {portrait:.1f}.\n"
 
 
 def _odd(found: Run) -> str:

@@ -30,6 +30,7 @@ from w2w_fast.demo import WORLD, pipeline, render, score
 from w2w_fast.demo.build import load_for_training, persons
 from w2w_fast.demo.reading import Reader
 from w2w_fast.demo.score import held_out_photos
+from w2w_fast.errors import InputError
 from w2w_fast.files import atomic_path, read_tensors, write_json, write_tensors
 from w2w_fast.pictures import contact_sheet
 from w2w_fast.verbs.invert import PAPER, invert
@@ -79,9 +80,9 @@ def occluded(photos: Tensor) -> Tensor:
     return covered
 
 
-def real() -> tuple[Tensor, list[str]]:
-    """Photographs of real people that scikit-image ships, and what they are: the portrait of an
-    astronaut, and faces of 25 x 25 grey pixels."""
+def real() -> Tensor:
+    """Photographs of real people that scikit-image ships: the portrait of an astronaut first, then
+    faces of 25 x 25 grey pixels; uint8 [EACH, 3, 64, 64]."""
     import numpy as np
     import skimage
 
@@ -91,8 +92,7 @@ def real() -> tuple[Tensor, list[str]]:
     faces = np.load(Path(skimage.__file__).parent / "data" / "lfw_subset.npy")[: EACH - 1]
     small = [Image.fromarray((face * 255).astype("uint8")).convert("RGB") for face in faces]
     small = [face.resize((render.SIZE,) * 2, Image.Resampling.BICUBIC) for face in small]
-    pictures = [fitted(picture, render.SIZE) for picture in (portrait(), *small)]
-    return torch.stack(pictures), ["portrait", *["25 px grey"] * len(small)]
+    return torch.stack([fitted(picture, render.SIZE) for picture in (portrait(), *small)])
 
 
 def odd_photos() -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def odd_photos() -> tuple[Tensor, Tensor]:
 
     _, photos, masks = held_out_photos(PEOPLE)
     photos, masks = photos[:EACH], masks[:EACH]
-    pictures = torch.cat([drawn(photos), recoloured(photos), occluded(photos), real()[0]])
+    pictures = torch.cat([drawn(photos), recoloured(photos), occluded(photos), real()])
     return pictures, torch.cat([masks] * 3 + [centre_mask(render.SIZE).expand(EACH, -1, -1, -1)])
 
 
@@ -113,6 +113,8 @@ def find(work: Path, world: Path, arm: str, n: int, quick: bool = False) -> Tens
     file = work / f"{arm.replace(' ', '-')}.safetensors"
     space = WeightSpace.load(world / "space")
     if file.exists():
+        if _about(work, arm)["space"] != _key(space):
+            raise InputError(f"{file}: people of another world; name another folder")
         return read_coefficients(file, space.m)
     if arm == "odd":
         photos, masks = odd_photos()
