@@ -94,7 +94,7 @@ def page(found: Run | None, sheets: bool = True) -> str:
             "(invert-people.png)\n"
         )
     parts += [_distances(found), _odd(found)]
-    if sheets:
+    if sheets and found["odd"]:
         parts.append("![pictures of other kinds, and who was found](invert-odd.png)\n")
     return "\n".join(parts)
 
@@ -153,11 +153,16 @@ def _distances(found: Run) -> str:
         inside = (about["distance"][k] for k in ("within 99%", "inside"))
         lines.append([name, str(len(d)), spread, *(f"{x:.0%}" for x in inside)])
     head = ["", "people", "least, median, most", "within 99%", "within the farthest"]
+    told = f"{text}\n{_table(head, lines)}"
+    if not found["odd"]:
+        return told
     portrait = found["odd"]["real"]["distance"]["each"][0]
-    return f"{text}\n{_table(head, lines)}\nThe portrait is the real one at {portrait:.1f}.\n"
+    return f"{told}\nThe portrait is the real one at {portrait:.1f}.\n"
 
 
 def _odd(found: Run) -> str:
+    if not found["odd"]:
+        return "## Pictures of other kinds: not run\n"
     each = found["odd"]["twins"]["people"]
     text = (
         "## Pictures of other kinds\n\n"

@@ -110,7 +110,7 @@ def find(work: Path, world: Path, arm: str, n: int, quick: bool = False) -> Tens
 
     quick: in two steps, to see that everything works.
     """
-    file = work / f"{arm.replace(' ', '-')}.safetensors"
+    file = _file(work, arm)
     space = WeightSpace.load(world / "space")
     if file.exists():
         if _about(work, arm)["space"] != _key(space):
@@ -191,7 +191,7 @@ def distances(space: WeightSpace, c: Tensor) -> dict[str, Any]:
 
 def pictures(work: Path, space: WeightSpace, pipe: Any, arm: str, c: Tensor) -> Tensor:
     """IMAGES pictures of each person of an arm, kept in WORK; the same prompts and seeds in all."""
-    file = work / f"{arm.replace(' ', '-')}.pictures.safetensors"
+    file = _file(work, arm).with_suffix(".pictures")
     if not file.exists():
         rows = torch.arange(len(c)).repeat_interleave(IMAGES)
         made = score.pictures(space, pipe, c[rows], score.prompts(len(rows), 51)[0], 3000)
@@ -199,61 +199,62 @@ def pictures(work: Path, space: WeightSpace, pipe: Any, arm: str, c: Tensor) -> 
     return read_tensors(file, mmap=False)[0]["pictures"]
 
 
-def measure(work: Path, world: Path, n: int, docs: Path | None, quick: bool) -> dict[str, Any]:
-    """Everything: the arms, the odd kinds, real renderings as the ceiling; sheets into docs."""
+def measure(
+    work: Path, world: Path, n: int, docs: Path | None, quick: bool = False, kept: bool = False
+) -> dict[str, Any]:
+    """Everything: the arms, the odd kinds, real renderings as the ceiling; sheets into docs.
+
+    What WORK does not hold is inverted first or, with kept, left out.
+    """
     space = WeightSpace.load(world / "space")
     reader, pipe = Reader.load(world / "reader.safetensors"), pipeline(world=world)
     people, photos, _ = held_out_photos(n)
     everybody = torch.cat([people, persons("population", space.n)])
     gallery = score.gallery(reader, everybody)
     places = score.prompts(n * IMAGES, 51)[1]
+    c = {
+        arm: find(work, world, arm, n, quick)
+        for arm in (*ARMS, "odd") if not kept or _file(work, arm).exists()
+    }  # fmt: skip
+    made = {arm: pictures(work, space, pipe, arm, mine) for arm, mine in c.items()}
     found: dict[str, Measures] = {}
     arms: dict[str, Any] = {}
-    made: dict[str, Tensor] = {}
-    for arm in ARMS:
-        c = find(work, world, arm, n, quick)
-        k = len(c)
-        made[arm] = pictures(work, space, pipe, arm, c)
+    for arm in (name for name in ARMS if name in c):
+        k = len(c[arm])
         found[arm] = judged(people[:k], made[arm], reader, gallery, places[: k * IMAGES])
+        apart = (c[arm] - c["together"][:k]) / space.sigma
         arms[arm] = {
-            "people": k, **_about(work, arm), "distance": distances(space, c),
+            "people": k, **_about(work, arm), "distance": distances(space, c[arm]),
+            "apart": float(apart.square().mean().sqrt()),
             **summary(found[arm], None if arm == "together" else found["together"]),
         }  # fmt: skip
-        together = find(work, world, "together", n)[:k]
-        arms[arm]["apart"] = float(((c - together) / space.sigma).square().mean().sqrt())
     conditions = render.conditions(n * IMAGES, torch.Generator().manual_seed(51))
     real = render.render(people.repeat_interleave(IMAGES, 0), conditions)
     ceiling = summary(judged(people, real, reader, gallery, places))
-    c = find(work, world, "odd", n, quick)
-    odd_made = pictures(work, space, pipe, "odd", c)
-    twins = {name: value[:EACH] for name, value in found["together"].items()}
     odd: dict[str, Any] = {}
-    for i, kind in enumerate(ODD):
-        mine = slice(i * EACH, (i + 1) * EACH)
-        odd[kind] = {"people": EACH, "distance": distances(space, c[mine])}
-        part = odd_made[i * EACH * IMAGES : (i + 1) * EACH * IMAGES]
-        odd[kind]["face"] = interval(
-            (reader.read(part).face > 0.5).float().view(EACH, IMAGES).mean(1)
-        )
-        if kind != "real":
-            here = places[i * EACH * IMAGES : (i + 1) * EACH * IMAGES]
-            odd[kind] |= summary(judged(people[:EACH], part, reader, gallery, here), twins)
-    odd["twins"] = {"people": EACH, **summary(twins)}
+    if "odd" in c:
+        twins = {name: value[:EACH] for name, value in found["together"].items()}
+        odd["twins"] = {"people": EACH, **summary(twins)}
+        for i, kind in enumerate(ODD):
+            rows = slice(i * EACH * IMAGES, (i + 1) * EACH * IMAGES)
+            about = judged(people[:EACH], made["odd"][rows], reader, gallery, places[rows])
+            told = summary(about, twins) if kind != "real" else {"face": interval(about["face"])}
+            far = distances(space, c["odd"][i * EACH : (i + 1) * EACH])
+            odd[kind] = {"people": EACH, "distance": far, **told}
     if docs is not None:
-        sheets(docs, photos, made, odd_made)
+        sheets(docs, photos, made)
     return {
         "format": FORMAT, "version": VERSION, "quick": quick,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu", "machine": machine.describe("cpu"), "versions": machine.versions(),
         **machine.commit(), "space": _key(space), "components": space.m, "n": space.n,
         "images": IMAGES, "gallery": len(everybody), "own": space.meta["invert"],
-        "arms": arms, "ceiling": ceiling, "odd": odd, "odd_about": _about(work, "odd"),
+        "arms": arms, "ceiling": ceiling, "odd": odd,
     }  # fmt: skip
 
 
-def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor], odd: Tensor) -> None:
+def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor]) -> None:
     """Two pictures: eight people as each arm found them; the odd kinds before and after."""
-    most = min(8, EACH, len(photos))
 
     def sheet(rows: list[tuple[str, Tensor]], name: str) -> None:
         columns = len(rows[0][1])
@@ -262,21 +263,26 @@ def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor], odd: Tensor) -> 
         with atomic_path(docs / name) as temporary:
             contact_sheet(cells, columns, labels).quantize(192).save(temporary, "PNG")
 
-    who = torch.arange(most)
-    rows = [("the photo", photos[who])]
-    rows += [(arm, pictures[who * IMAGES]) for arm, pictures in made.items()]
+    docs.mkdir(parents=True, exist_ok=True)
+    most = min([8, *(len(pictures) // IMAGES for arm, pictures in made.items() if arm != "odd")])
+    rows = [("the photo", photos[:most])]
+    rows += [(arm, part[: most * IMAGES : IMAGES]) for arm, part in made.items() if arm != "odd"]
     sheet(rows, "invert-people.png")
-    rows, before = [], odd_photos()[0]
-    for i, kind in enumerate(ODD):
-        at = i * EACH + torch.arange(most)
-        rows += [(kind, before[at]), ("found", odd[at * IMAGES])]
-    sheet(rows, "invert-odd.png")
+    if "odd" in made:
+        before, after = odd_photos()[0].split(EACH), made["odd"][::IMAGES].split(EACH)
+        rows = []
+        for kind, photo, found in zip(ODD, before, after, strict=True):
+            rows += [(kind, photo[:8]), ("found", found[:8])]
+        sheet(rows, "invert-odd.png")
+
+
+def _file(work: Path, arm: str) -> Path:
+    return work / f"{arm.replace(' ', '-')}.safetensors"
 
 
 def _about(work: Path, arm: str) -> dict[str, Any]:
     """What is kept beside an arm's coefficients: settings, commit."""
-    metadata = read_tensors(work / f"{arm.replace(' ', '-')}.safetensors")[1]
-    about = json.loads(metadata["about"])
+    about = json.loads(read_tensors(_file(work, arm))[1]["about"])
     return {name: about[name] for name in ("settings", "space", "commit", "dirty")}
 
 
@@ -289,6 +295,7 @@ def main() -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--world", type=Path, default=WORLD)
     parser.add_argument("--arm", action="append", help="only invert, in this way; may be repeated")
+    parser.add_argument("--kept", action="store_true", help="judge what WORK holds, no more")
     parser.add_argument("--quick", action="store_true", help="two steps: does it work?")
     parser.add_argument("--people", type=int, default=PEOPLE, help="of them the first so many")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
@@ -297,7 +304,7 @@ def main() -> int:
     for arm in args.arm or ():
         find(args.work, args.world, arm, args.people, args.quick)
     if not args.arm:
-        found = measure(args.work, args.world, args.people, args.docs, args.quick)
+        found = measure(args.work, args.world, args.people, args.docs, args.quick, args.kept)
         if args.out:
             write_json(args.out, found)
     return 0

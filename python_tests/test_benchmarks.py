@@ -313,6 +313,12 @@ def test_who_is_found_and_the_page_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*call, "--arm", "one by one"])
     assert inversion_quality.main() == 0 and not out.exists()
     kept = (work / "one-by-one.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", [*call, "--arm", "together"])
+    inversion_quality.main()
+    monkeypatch.setattr("sys.argv", [*call, "--kept"])
+    inversion_quality.main()
+    assert set(read_json(out)["arms"]) == {"together", "one by one"}
+    assert "other kinds: not run" in inversion_page.page(read_json(out))
     monkeypatch.setattr("sys.argv", call)
     assert inversion_quality.main() == 0
     assert (work / "one-by-one.safetensors").stat().st_mtime_ns == kept
