@@ -264,9 +264,10 @@ def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor]) -> None:
             contact_sheet(cells, columns, labels).quantize(192).save(temporary, "PNG")
 
     docs.mkdir(parents=True, exist_ok=True)
-    most = min([8, *(len(pictures) // IMAGES for arm, pictures in made.items() if arm != "odd")])
+    most = min(8, len(photos))
     rows = [("the photo", photos[:most])]
-    rows += [(arm, part[: most * IMAGES : IMAGES]) for arm, part in made.items() if arm != "odd"]
+    shown = [arm for arm in ARMS if arm in made and len(made[arm]) >= most * IMAGES]
+    rows += [(arm, made[arm][: most * IMAGES : IMAGES]) for arm in shown]
     sheet(rows, "invert-people.png")
     if "odd" in made:
         before, after = odd_photos()[0].split(EACH), made["odd"][::IMAGES].split(EACH)
