@@ -191,7 +191,7 @@ def distances(space: WeightSpace, c: Tensor) -> dict[str, Any]:
 
 def pictures(work: Path, space: WeightSpace, pipe: Any, arm: str, c: Tensor) -> Tensor:
     """IMAGES pictures of each person of an arm, kept in WORK; the same prompts and seeds in all."""
-    file = _file(work, arm).with_suffix(".pictures")
+    file = _file(work, arm).with_suffix(f".{len(c)}.pictures")
     if not file.exists():
         rows = torch.arange(len(c)).repeat_interleave(IMAGES)
         made = score.pictures(space, pipe, c[rows], score.prompts(len(rows), 51)[0], 3000)
@@ -213,7 +213,7 @@ def measure(
     gallery = score.gallery(reader, everybody)
     places = score.prompts(n * IMAGES, 51)[1]
     c = {
-        arm: find(work, world, arm, n, quick)
+        arm: find(work, world, arm, n, quick)[: None if arm == "odd" else n]
         for arm in (*ARMS, "odd") if not kept or _file(work, arm).exists()
     }  # fmt: skip
     made = {arm: pictures(work, space, pipe, arm, mine) for arm, mine in c.items()}
