@@ -211,7 +211,7 @@ def measure(
     people, photos, _ = held_out_photos(n)
     everybody = torch.cat([people, persons("population", space.n)])
     gallery = score.gallery(reader, everybody)
-    places = score.prompts(n * IMAGES, 51)[1]
+    places = score.prompts(max(n, len(ODD) * EACH) * IMAGES, 51)[1]
     c = {
         arm: find(work, world, arm, n, quick)[: None if arm == "odd" else n]
         for arm in (*ARMS, "odd") if not kept or _file(work, arm).exists()
@@ -230,7 +230,7 @@ def measure(
         }  # fmt: skip
     conditions = render.conditions(n * IMAGES, torch.Generator().manual_seed(51))
     real = render.render(people.repeat_interleave(IMAGES, 0), conditions)
-    ceiling = summary(judged(people, real, reader, gallery, places))
+    ceiling = summary(judged(people, real, reader, gallery, places[: n * IMAGES]))
     odd: dict[str, Any] = {}
     if "odd" in c:
         twins = {name: value[:EACH] for name, value in found["together"].items()}
