@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from w2w_fast.benchmarks import (
 from w2w_fast.benchmarks import run as runner
 from w2w_fast.benchmarks.bench import Setting
 from w2w_fast.benchmarks.cases import edit as edit_cases
+from w2w_fast.demo import score
 from w2w_fast.errors import InputError
 from w2w_fast.files import read_json, write_json
 from w2w_fast.ops import _dispatch
@@ -305,6 +307,7 @@ def test_odd_pictures_are_what_they_are_called():
 def test_who_is_found_and_the_page_of_it(tmp_path, monkeypatch):
     """Two steps an arm: nobody is found, and everything is told."""
     pytest.importorskip("skimage")
+    monkeypatch.setattr(score, "gallery", partial(score.gallery, photos=1))
     for name, value in (("EACH", 2), ("IMAGES", 1), ("RESAMPLES", 50)):
         monkeypatch.setattr(inversion_quality, name, value)
     work, docs, out = tmp_path / "work", tmp_path / "docs", tmp_path / "a.json"
