@@ -36,7 +36,7 @@ from w2w_fast.pictures import contact_sheet
 from w2w_fast.verbs.invert import PAPER, invert
 
 FORMAT, VERSION = "w2w_fast.benchmark.inversion", 1
-PEOPLE, IMAGES, RESAMPLES = 64, 3, 10_000
+PEOPLE, IMAGES, RESAMPLES = 64, 2, 10_000
 EACH = 4
 """Pictures of each odd kind, of the first of the same people."""
 
