@@ -170,7 +170,8 @@ def _odd(found: Run) -> str:
         "**recoloured** (the colour channels change places, every second one a negative) and "
         "**occluded** (a grey block over the eyes, the mouth or a side, inside the mask), and "
         f"{each} **real** photographs that scikit-image ships: a portrait, and faces of 25 x 25 "
-        "grey pixels, under `centre_mask`. **twins** are the same people's own photographs. "
+        f"grey pixels, under `centre_mask`; all inverted as the arm `{quality.LIKE}`. **twins** "
+        "are the same people's own photographs in that arm. "
         "Recoloured skin and hair are other skin and hair: there the binary attributes count.\n"
     )
     shown = {k: v for k, v in _MEASURES.items() if k != "rank"}

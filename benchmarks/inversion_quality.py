@@ -37,7 +37,7 @@ from w2w_fast.verbs.invert import PAPER, invert
 
 FORMAT, VERSION = "w2w_fast.benchmark.inversion", 1
 PEOPLE, IMAGES, RESAMPLES = 64, 2, 10_000
-EACH = 4
+EACH = 6
 """Pictures of each odd kind, of the first of the same people."""
 
 Measures = dict[str, Tensor]  # a number for each person
@@ -50,6 +50,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each way of inverting sets besides the space's own settings."""
 ODD = ("drawn", "recoloured", "occluded", "real")
+LIKE = "70 steps"
+"""The arm whose settings the odd kinds are inverted with, and whose people are their twins."""
 
 
 def drawn(photos: Tensor) -> Tensor:
@@ -120,7 +122,11 @@ def find(work: Path, world: Path, arm: str, n: int, quick: bool = False) -> Tens
         photos, masks = odd_photos()
     else:
         _, photos, masks = held_out_photos(n)
-    settings = {**space.meta["invert"], **ARMS.get(arm, {}), **({"steps": 2} if quick else {})}
+    settings = {
+        **space.meta["invert"],
+        **ARMS.get(arm, ARMS[LIKE]),
+        **({"steps": 2} if quick else {}),
+    }
     work.mkdir(parents=True, exist_ok=True)
     commit = machine.commit()
     found = invert(
@@ -233,7 +239,7 @@ def measure(
     ceiling = summary(judged(people, real, reader, gallery, places[: n * IMAGES]))
     odd: dict[str, Any] = {}
     if "odd" in c:
-        twins = {name: value[:EACH] for name, value in found["together"].items()}
+        twins = {name: value[:EACH] for name, value in found[LIKE].items()}
         odd["twins"] = {"people": EACH, **summary(twins)}
         for i, kind in enumerate(ODD):
             rows = slice(i * EACH * IMAGES, (i + 1) * EACH * IMAGES)
