@@ -32,8 +32,8 @@ people of the world that ships, measured once, a Gauss-Newton step with a ridge 
 draws of noise, 1 to 8 iterations of conjugate gradients, three strengths: the work of 16 to 72
 steps) brought the loss under other noise from 0.1118 to 0.1042 at best; 16 steps of Adam at lr 0.3
 brought it to 0.1039, 35 at 0.2 to 0.1008, 70 at 0.2 to 0.0979. The answer lies about one standard
-deviation a component from the mean, too far, it seems, for a denoiser taken as linear in c. What
-can save time is fewer steps at a larger rate: the arm "70 steps" below.
+deviation a component from the mean, too far, it seems, for a denoiser taken as linear in c. Fewer
+steps at a larger rate save time and cost likeness: the arm "70 steps" below.
 """
 
 HOW = """\
@@ -66,7 +66,11 @@ def newest(folder: Path) -> Run | None:
         if isinstance(run, dict) and run.get("format") == quality.FORMAT
         and run["version"] == quality.VERSION and not run["quick"]
     ]  # fmt: skip
-    return max(mine, key=lambda run: run["date"], default=None)
+    found = max(mine, key=lambda run: run["date"], default=None)
+    if found is not None:  # in the order in which they are declared: files sort them by name
+        found["arms"] = {arm: found["arms"][arm] for arm in quality.ARMS if arm in found["arms"]}
+        found["odd"] = {k: found["odd"][k] for k in ("twins", *quality.ODD) if k in found["odd"]}
+    return found
 
 
 def page(found: Run | None, sheets: bool = True) -> str:
