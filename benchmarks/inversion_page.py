@@ -47,6 +47,16 @@ and that of 8 real renderings; **first**: the share for whom no other of {galler
 prompt asked for is there. Brackets are 95% intervals from {resamples:,} resamplings of the people.
 """
 
+SEEN = {
+    "c3897f2c16afc180": (
+        "The first eight, looked at: hats, beards, earrings and skin come through in every arm; "
+        "glasses are lost or smeared in two of five; the fourth face is bleached and loses its "
+        "wrinkles and mouth; the last is given long hair that the photo does not have. The arms "
+        "make much the same mistakes; after 70 steps more of them show.\n"
+    )
+}
+"""What the pictures of a space, by its key, look like to a person."""
+
 _MEASURES = {
     "attributes": ("attributes", ".1%"),
     "continuous": ("error", ".3f"),
@@ -97,6 +107,7 @@ def page(found: Run | None, sheets: bool = True) -> str:
             "![photographs, and each person generated elsewhere as each arm found it]"
             "(invert-people.png)\n"
         )
+        parts.append(SEEN.get(found["space"], ""))
     parts += [_distances(found), _odd(found)]
     if sheets and found["odd"]:
         parts.append("![pictures of other kinds, and who was found](invert-odd.png)\n")
