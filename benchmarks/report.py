@@ -1,7 +1,8 @@
 """Make docs/benchmarks.md and its pictures from the JSON of runs: ``python benchmarks/report.py``.
 
-And docs/fit.md, docs/populate.md and docs/generate.md from those of fit.py, of populate.py, and of
-generate.py, invert.py and swaps.py, by fit_page.py, populate_page.py and generate_page.py.
+And docs/fit.md, docs/populate.md, docs/generate.md and docs/invert.md from those of fit.py, of
+populate.py, of generate.py, invert.py and swaps.py, and of inversion_quality.py, by fit_page.py,
+populate_page.py, generate_page.py and inversion_page.py.
 
 Of each device the newest full run counts (files of one commit together are one run). Where no run
 exists the page says so.
@@ -19,6 +20,8 @@ from w2w_fast.benchmarks import (
     fit_page,
     generate_page,
     goals,
+    inversion_page,
+    inversion_quality,
     pictures,
     populate,
     populate_page,
@@ -30,6 +33,8 @@ from w2w_fast.files import atomic_path, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = dict[str, Any]
+OTHERS = {fit.FORMAT, populate.FORMAT, *generate_page.FORMATS, inversion_quality.FORMAT}
+"""Formats of results that have pages of their own."""
 
 _HEAD = ("case", "contender", "time", "rate", "of floor", *(f"x {kind}" for kind in KINDS[1:]))
 
@@ -64,8 +69,7 @@ def runs(folder: Path) -> list[Run]:
     groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for path in sorted(folder.glob("*.json")):
         run = read_json(path)
-        elsewhere = (fit.FORMAT, populate.FORMAT, *generate_page.FORMATS)
-        if isinstance(run, dict) and run.get("format") in elsewhere:
+        if isinstance(run, dict) and run.get("format") in OTHERS:
             continue
         if not isinstance(run, dict) or run.get("format") != FORMAT or run["version"] != VERSION:
             raise InputError(f"{path}: not a benchmark's result of version {VERSION}")
@@ -212,6 +216,7 @@ def write(results: Path, docs: Path) -> Path:
     fit_page.write(results, docs)
     populate_page.write(results, docs)
     generate_page.write(results, docs)
+    inversion_page.write(results, docs)
     return out
 
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from w2w_fast.benchmarks import fit, fit_page, goals, gpu, populate, populate_page, report
+from w2w_fast.benchmarks import (
+    fit,
+    fit_page,
+    goals,
+    gpu,
+    inversion_page,
+    inversion_quality,
+    populate,
+    populate_page,
+    report,
+)
 from w2w_fast.benchmarks import run as runner
 from w2w_fast.benchmarks.bench import Setting
 from w2w_fast.benchmarks.cases import edit as edit_cases
+from w2w_fast.demo import score
 from w2w_fast.errors import InputError
 from w2w_fast.files import read_json, write_json
 from w2w_fast.ops import _dispatch
@@ -264,3 +276,62 @@ def test_populate_and_its_page(tmp_path):
     text = populate_page.write(tmp_path, tmp_path).read_text()
     assert "| ours | 2 | 4.00 | 18.0 | 2.00 |" in text and "| peft | 1 | status 1: no |" in text
     assert "GPU: not run" in text and (tmp_path / "populate-cpu-tiny.png").stat().st_size > 1000
+
+
+def test_intervals_hold_the_figure_and_grow_with_the_spread():
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    figure, low, high = inversion_quality.interval(values)
+    assert low < figure < high and figure == pytest.approx(float(values.mean()), abs=1e-6)
+    assert high - low == pytest.approx(2 * 1.96 * float(values.std()) / 8, rel=0.15)
+    first = {"rank": values, "similarity": values}
+    told = inversion_quality.summary({k: v[:32] + 0.5 for k, v in first.items()}, first)
+    assert told["similarity less"] == pytest.approx([0.5, 0.5, 0.5], abs=1e-6)
+
+
+def test_odd_pictures_are_what_they_are_called():
+    photos = torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    photos = photos.to(torch.uint8)
+    drawn = inversion_quality.drawn(photos)
+    assert drawn.shape == photos.shape and drawn.dtype == torch.uint8
+    assert torch.equal(drawn[:, 0], drawn[:, 2])
+    turned = inversion_quality.recoloured(photos)
+    assert torch.equal(turned[0, 1], photos[0, 0]) and torch.equal(255 - turned[1, 0], photos[1, 2])
+    covered = inversion_quality.occluded(photos)
+    for i in range(4):
+        grey = (covered[i] == 128).all(0)
+        assert 0.1 < grey.float().mean() < 0.2
+        assert torch.equal(covered[i][:, ~grey], photos[i][:, ~grey])
+
+
+@pytest.mark.slow
+def test_who_is_found_and_the_page_of_it(tmp_path, monkeypatch):
+    """Two steps an arm: nobody is found, and everything is told."""
+    pytest.importorskip("skimage")
+    monkeypatch.setattr(score, "gallery", partial(score.gallery, photos=1))
+    for name, value in (("EACH", 2), ("IMAGES", 1), ("RESAMPLES", 50)):
+        monkeypatch.setattr(inversion_quality, name, value)
+    work, docs, out = tmp_path / "work", tmp_path / "docs", tmp_path / "a.json"
+    docs.mkdir()
+    call = ["", str(work), "--quick", "--people", "3", "--out", str(out), "--docs", str(docs)]
+    monkeypatch.setattr("sys.argv", [*call, "--arm", "one by one"])
+    assert inversion_quality.main() == 0 and not out.exists()
+    kept = (work / "one-by-one.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", [*call, "--arm", "together"])
+    inversion_quality.main()
+    monkeypatch.setattr("sys.argv", [*call, "--kept"])
+    inversion_quality.main()
+    assert set(read_json(out)["arms"]) == {"together", "one by one"}
+    assert "other kinds: not run" in inversion_page.page(read_json(out))
+    monkeypatch.setattr("sys.argv", call)
+    assert inversion_quality.main() == 0
+    assert (work / "one-by-one.safetensors").stat().st_mtime_ns == kept
+    run = read_json(out)
+    alone, together = run["arms"]["one by one"], run["arms"]["together"]
+    assert alone["apart"] < 1e-2 and run["quick"] and together["settings"]["steps"] == 2
+    write_json(out, {**run, "quick": False})
+    assert run["ceiling"]["attributes"][0] > 0.9 > together["similarity"][0]
+    assert run["arms"]["together"]["distance"]["inside"] == 1
+    text = inversion_page.write(tmp_path, docs).read_text()
+    names = {"invert-people.png", "invert-odd.png", inversion_page.PICTURE}
+    assert {path.name for path in docs.glob("*.png")} == names and all(n in text for n in names)
+    assert "| occluded | 2 |" in text and "Not run" in inversion_page.page(None)

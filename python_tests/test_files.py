@@ -395,7 +395,7 @@ def test_image_is_turned_as_its_exif_says():
         (picture("PNG", frames=2), "wanted one picture, got 2 frames"),
         (picture("WEBP", frames=3), "wanted one picture, got 3 frames"),
         (picture("PNG", size=(4001, 4000), mode="L"), "at most 16 megapixels, got 4001 x 4000"),
-        (picture("PNG", size=(20_000, 20_000), mode="1"), "wanted"),
+        (picture("PNG", size=(20_000, 20_000), mode="1"), "at most 16 megapixels$"),
     ],
     ids=lambda value: value[:16] if isinstance(value, str) else str(value[:4]),
 )

@@ -92,6 +92,23 @@ def denoiser(pipe) -> torch.nn.Module:
     return model
 
 
+def check_trains(pipe) -> None:
+    """InputError unless `losses` can be computed with the pipeline: see `encode_prompts`."""
+    unet = getattr(pipe, "unet", None)
+    several = getattr(pipe, "text_encoder_2", None) is not None
+    if unet is None or several or getattr(pipe, "text_encoder", None) is None:
+        raise InputError(
+            "pipe: wanted a Stable Diffusion 1 or 2 pipeline, a UNet that reads one text encoder, "
+            f"to train or invert with; got a {type(pipe).__name__}"
+        )
+    wanted, got = pipe.vae.config.latent_channels, unet.config.in_channels
+    if got != wanted:
+        raise InputError(
+            f"pipe: wanted a UNet of {wanted} channels, as the VAE's latents have, got {got}: one "
+            "for inpainting or editing? Its plain base is what people are trained on"
+        )
+
+
 @contextmanager
 def frozen(*modules: torch.nn.Module | None) -> Iterator[None]:
     """Evaluation mode and no gradient for any weight inside; both restored after."""
@@ -137,8 +154,9 @@ def encode_prompts(pipe, prompts: Sequence[str]) -> Tensor:
 
 def check_masks(masks: Tensor, photos: int) -> None:
     """InputError unless masks are [photos, 1, h, w] in [0, 1] and none is empty."""
-    if masks.ndim != 4 or masks.shape[:2] != (photos, 1):
-        raise InputError(f"masks: wanted [{photos}, 1, h, w], got {list(masks.shape)}")
+    if not isinstance(masks, Tensor) or masks.ndim != 4 or masks.shape[:2] != (photos, 1):
+        got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+        raise InputError(f"masks: wanted [{photos}, 1, h, w], got {got}")
     if not (torch.isfinite(masks).all() and masks.min() >= 0 and masks.max() <= 1):
         raise InputError("masks: wanted numbers in [0, 1]")
     if not bool((masks > 0).flatten(1).any(1).all()):

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from .denoise import Photos, encode_images, encode_prompts, shrink_masks
+from .denoise import Photos, check_trains, encode_images, encode_prompts, shrink_masks
 from .errors import InputError
 from .files import read_tensors, write_tensors
 
@@ -50,9 +50,12 @@ class Encoder:
     folder: what was encoded is kept there, a file for each subject's photographs and each prompt,
         named by the hash of its content and of the encoder's weights, so that nothing stale is
         ever used. Another run on the same photographs may share it.
+
+    InputError for a pipeline that people are not trained on.
     """
 
     def __init__(self, pipe: Any, folder: str | Path | None = None) -> None:
+        check_trains(pipe)
         self.pipe = pipe
         self.folder = None if folder is None else Path(folder)
         self._texts: WeakValueDictionary[str, Tensor] = WeakValueDictionary()

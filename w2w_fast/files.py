@@ -351,6 +351,8 @@ def read_image(source: str | os.PathLike | bytes) -> Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except InputError:
         raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: wanted at most 16 megapixels") from None
     except Exception as error:  # Pillow raises many kinds on damaged files, SyntaxError included
         # Pillow's own text names the buffer's address, another one each time.
         known = type(error).__name__ != "UnidentifiedImageError"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_world import SIZE, photographs
+from tiny_pipes import make_pixart, make_xl
+from tiny_world import SIZE, make_space, photographs
 
-from w2w_fast import InputError, attach, invert, sample
-from w2w_fast.denoise import Photos, encode_images, encode_prompts, losses, shrink_masks
+from w2w_fast import InputError, Layout, attach, invert, sample
+from w2w_fast.denoise import Photos, denoiser, encode_images, encode_prompts, losses, shrink_masks
 from w2w_fast.verbs.invert import PAPER
 
 OPTIONS = {"steps": 5, "progress": False}
@@ -164,6 +165,25 @@ def test_refusals(space, pipe, options, said):
 
 
 def test_refuses_photos_of_another_kind(space, pipe):
-    for bad in (photographs(1).float(), photographs(1)[0], photographs(1)[:, :1], photographs(0)):
-        with pytest.raises(InputError, match="images|photos"):
+    one = photographs(1)
+    kinds = (one.float(), one[0], one[:, :1], one.numpy(), [one[0]])
+    empty = (photographs(0), one[..., :0])
+    uneven = (one[..., :1], one[..., 1:, :])  # two pixels a latent here
+    for bad in (*kinds, *empty, *uneven):
+        with pytest.raises(InputError, match="^photos: wanted"):
             invert(space, pipe, bad, **OPTIONS)
+    with pytest.raises(InputError, match="^masks: wanted"):
+        invert(space, pipe, one, masks=torch.ones(1, 1, SIZE, SIZE).numpy(), **OPTIONS)
+
+
+def test_refuses_pipelines_that_people_are_not_trained_on(pipe, tmp_path, monkeypatch):
+    """SDXL and DiTs take people, but have no training here; said before anything is encoded."""
+    for other in (make_xl(tmp_path), make_pixart()):
+        space = make_space(Layout.discover(denoiser(other), alpha=8.0))
+        with pytest.raises(InputError, match=f"^pipe: wanted .* got a {type(other).__name__}"):
+            invert(space, other, photographs(1), **OPTIONS)
+    space = make_space(Layout.discover(pipe.unet, alpha=8.0))
+    inpainting = type(pipe.unet).from_config({**pipe.unet.config, "in_channels": 9})
+    monkeypatch.setattr(pipe, "unet", inpainting)
+    with pytest.raises(InputError, match="^pipe: wanted a UNet of 4 channels, .* got 9: .*inpaint"):
+        invert(space, pipe, photographs(1), **OPTIONS)

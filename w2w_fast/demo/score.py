@@ -1,19 +1,20 @@
 """How good the embedded world is, measured by its reader on pictures with fresh seeds.
 
-`python -m w2w_fast.demo.score WORLD` writes score.json there, which the demo's report shows.
+`python -m w2w_fast.demo.score WORLD` writes score.json there, which the demo's report shows;
+`--only inversion` measures that part anew and keeps the others.
 Every figure is a share between 0 and 1 unless its name says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..layout import Layout
 from ..sources import Subject
 from ..space import WeightSpace
@@ -27,6 +28,7 @@ from .reading import Reader, Reading, stack
 
 NB = len(render.BINARY)
 STRENGTHS = (2.0, 3.0, 4.0, 5.0, 6.0)
+PARTS = ("reader", "populated", "edits", "inversion", "sampled")
 
 
 def prompts(n: int, seed: int) -> tuple[list[str], Tensor]:
@@ -232,27 +234,35 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def score(world: Path) -> dict:
-    """All figures of the world in folder `world`."""
+def score(world: Path, only: Sequence[str] = PARTS) -> dict:
+    """The figures of the world in folder `world`: all of them, or those parts only."""
     from .build import PEOPLE, load_for_training, persons
 
     space = WeightSpace.load(world / "space")
     reader = Reader.load(world / "reader.safetensors")
     pipe = pipeline(world=world)
-    training_pipe = load_for_training(world)
     people = persons("population", PEOPLE)
-    return {
-        "people": PEOPLE,
-        "reader": score_reader(reader),
-        "populated": score_populated(space, pipe, reader, people),
-        "edits": score_edits(space, pipe, reader, people),
-        "inversion": score_inversion(space, pipe, reader, training_pipe),
-        "sampled": score_sampled(space, pipe, reader),
+    parts = {
+        "reader": lambda: score_reader(reader),
+        "populated": lambda: score_populated(space, pipe, reader, people),
+        "edits": lambda: score_edits(space, pipe, reader, people),
+        "inversion": lambda: score_inversion(space, pipe, reader, load_for_training(world)),
+        "sampled": lambda: score_sampled(space, pipe, reader),
     }
+    return {"people": PEOPLE, **{name: parts[name]() for name in only}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("world", type=Path)
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="measure this part anew; may be repeated"
+    )
+    given = parser.parse_args(arguments)
+    file = given.world / "score.json"
+    known = read_json(file) if given.only else {}
+    write_json(file, {**known, **score(given.world, given.only or PARTS)})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("world", type=Path)
-    folder = parser.parse_args().world
-    write_json(folder / "score.json", score(folder))
+    main()

@@ -101,6 +101,7 @@ def invert(
         steps=steps, lr=lr, timesteps=timesteps, average=average, prior=0.0, check=check,
         patience=patience, seed=seed,
     )  # fmt: skip
+    _check_photos(photos, int(getattr(pipe, "vae_scale_factor", 1)))
     subjects = _subjects(space, photos, masks, people, names, prompt)
     n = len(subjects)
     first = space.mu if start is None else start
@@ -109,10 +110,10 @@ def invert(
     if not bool(torch.isfinite(first).all()):
         raise InputError("start: holds NaN or infinite numbers")
     space.layout.check(denoiser(pipe))
+    encoder = Encoder(pipe)
     if report is not None:
         new_or_empty(report)
     known = {"prior": prior, "whiten": whiten, "weight_decay": weight_decay}
-    encoder = Encoder(pipe)
 
     if memory is not None:
 
@@ -143,6 +144,19 @@ def invert(
     if path is not None:
         path.unlink(missing_ok=True)
     return found
+
+
+def _check_photos(photos: Tensor, step: int) -> None:
+    """InputError unless photos are uint8 [p, 3, h, w], p > 0, of sides that `step` divides."""
+    kind = type(photos).__name__
+    if isinstance(photos, Tensor):
+        h, w = photos.shape[-2:] if photos.ndim == 4 and len(photos) else (0, 0)
+        if photos.dtype == torch.uint8 and photos.shape[1:2] == (3,) and h and w:
+            if h % step or w % step:
+                raise InputError(f"photos: wanted sides that {step} divides, got {h} x {w}")
+            return
+        kind = f"{photos.dtype} {list(photos.shape)}"
+    raise InputError(f"photos: wanted a uint8 tensor [p, 3, h, w], got {kind}")
 
 
 def _subjects(
