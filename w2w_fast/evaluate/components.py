@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..readers import fit_readers
 from ..verbs.edit import direction
@@ -36,7 +38,7 @@ def run(study: Study) -> dict[str, Any]:
             ),
             told.table(
                 f"Directions found from fewer models, {alike['components']} components",
-                ("models", "|cosine| of two directions", "the same, permuted labels",
+                ("models", "cosine of two directions, size", "the same, permuted labels",
                  "others' readings moved", "right on models left out"), rows,
             ),
         ],
@@ -58,7 +60,7 @@ def _components(study: Study) -> tuple[dict[int, Any], dict[int, Any], list[list
     edited, found, shown = {}, {}, []
     for m in counts:
         space = study.space.cut(m)
-        mine = Study(**{**vars(study), "space": space})
+        mine = replace(study, space=space)
         c = space.coefficients[order]
         before = study.judge.read(draw(mine, c, texts, seeds))
         gains, kept, leaks = [], [], []
@@ -124,7 +126,7 @@ def _models(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
     return figures, rows
 
 
-def _readers(c: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _readers(c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Ridge readers [a, m] and the scores [a] midway between the classes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,15 +136,15 @@ def _readers(c: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return weights, (ends[0] + ends[1]) / 2
 
 
-def _directions(c: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _directions(c: Tensor, weights: Tensor) -> Tensor:
     z = (c - c.mean(0)).double()
     return F.normalize((weights.double() @ (z.mT @ z)).float(), dim=1)
 
 
-def _cosines(v: torch.Tensor) -> torch.Tensor:
+def _cosines(v: Tensor) -> Tensor:
     return (F.normalize(v, dim=1) @ F.normalize(v, dim=1).T).abs()
 
 
-def _off_diagonal(matrix: torch.Tensor) -> float | None:
+def _off_diagonal(matrix: Tensor) -> float | None:
     a = len(matrix)
     return float((matrix.sum() - matrix.trace()) / (a * (a - 1))) if a > 1 else None

@@ -25,6 +25,7 @@ TITLE = "Inversion of one photo"
 def run(study: Study) -> dict[str, Any]:
     size, space = study.size, study.space
     people = study.held_out(size.inverted, 500)
+    n = len(people.labels)
     known = _known(study, people)
     ways, seconds = {}, {}
     for name, make in (
@@ -41,7 +42,7 @@ def run(study: Study) -> dict[str, Any]:
         if found is None:
             continue
         figures[name] = _judged(study, people, known, found)
-        figures[name] |= {"seconds_a_person": seconds[name] / size.inverted,
+        figures[name] |= {"seconds_a_person": seconds[name] / n,
                           "parameters": found.shape[1]}  # fmt: skip
         at = {key: told.Figure(**figures[name][key]) for key in ("identity", "right", "found")}
         rows.append([name, *at.values(), f"{figures[name]['seconds_a_person']:.1f} s",
@@ -56,7 +57,7 @@ def run(study: Study) -> dict[str, Any]:
         figures,
         [
             told.table(
-                f"{size.inverted} people the space never saw, found again among {len(known)} "
+                f"{n} people the space never saw, found again among {len(known)} "
                 f"(chance {1 / len(known):.1%})",
                 ("way", "identity", "attributes right", "found first", "time a person",
                  "parameters"), rows,

@@ -16,8 +16,9 @@ TITLE = "Pictures from outside"
 
 
 def run(study: Study) -> dict[str, Any]:
-    space, n = study.space, max(3, study.size.inverted // 2)
-    people = study.held_out(n, 600)
+    space = study.space
+    people = study.held_out(max(3, study.size.inverted // 2), 600)
+    n = len(people.labels)
     photos, masks = people.photos[:, 0], people.masks[:, 0]
     kinds = {"as it is": photos, **{name: make(photos) for name, make in KINDS.items()}}
     settings = {**study.inversion, "steps": study.size.steps}
