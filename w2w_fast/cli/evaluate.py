@@ -21,8 +21,8 @@ def evaluate(
     section: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this: decodability, edits, persistence, inversion, components, outside or "
-            "sampling; may be repeated."
+            help="Only this: decodability, edits, persistence, ways, inversion, components, "
+            "unseen, outside, sampling; of the world ablations, houses; may be repeated."
         ),
     ] = None,
     short: Annotated[

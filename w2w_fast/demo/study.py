@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..evaluate import FULL, HeldOut, Sight, Size, Study
 from ..space import WeightSpace
-from . import WORLD, pipeline, render
+from . import WORLD, ablations, houses, pipeline, render
 from .build import PEOPLE, persons
 from .reading import Reader
 from .score import gallery
@@ -70,6 +70,7 @@ def study(world: Path = WORLD, size: Size = FULL, seed: int = 0) -> Study:
         held_out=lambda n, number: held_out(n, size.photos, number),
         identities=lambda: gallery(reader, persons("population", PEOPLE)),
         photos_of=_photos,
+        more={"ablations": ablations, "houses": houses},
         size=size,
         seed=seed,
     )

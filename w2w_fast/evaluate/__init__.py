@@ -17,10 +17,12 @@ from .. import __version__
 from ..encoding import fingerprint
 from ..errors import InputError
 from ..files import read_json, write_json
+from .page import write_pages, write_pictures
 from .study import FULL, SHORT, HeldOut, Judge, Sight, Size, Study
 
 SECTIONS = (
-    "decodability", "edits", "persistence", "inversion", "components", "outside", "sampling",
+    "decodability", "edits", "persistence", "ways", "inversion", "components", "unseen", "outside",
+    "sampling",
 )  # fmt: skip
 NEED_PHOTOS = {"inversion", "outside"}
 RESULT = "report.json"
@@ -38,11 +40,12 @@ def evaluate(
     with another study's report.
     """
     out = Path(out)
-    able = [name for name in SECTIONS if study.held_out or name not in NEED_PHOTOS]
+    order = (*SECTIONS, *study.more)
+    able = [name for name in order if study.held_out or name not in NEED_PHOTOS]
     wanted = list(sections) or able
     for name in wanted:
-        if name not in SECTIONS:
-            raise InputError(f"section: wanted one of {', '.join(SECTIONS)}, got {name!r}")
+        if name not in order:
+            raise InputError(f"section: wanted one of {', '.join(order)}, got {name!r}")
         if name not in able:
             raise InputError(f"section: {name} wants photos of people the space never saw")
     about = _about(study)
@@ -59,14 +62,13 @@ def evaluate(
         if progress:
             print(f"{name} ...", flush=True)
         began = time.perf_counter()
-        module = import_module(f".{name}", __name__)
+        module = study.more[name] if name in study.more else import_module(f".{name}", __name__)
         found = module.run(study)
         found |= {"title": module.TITLE, "seconds": round(time.perf_counter() - began, 1)}
+        found["pictures"] = write_pictures(out, name, found["pictures"])
         result["sections"][name] = found
         write_json(out / RESULT, result)
-    from .page import write_pages
-
-    write_pages(out, result, SECTIONS)
+    write_pages(out, result, order)
     return result
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..readers import fit_readers
 from ..verbs.edit import direction
 from . import told
-from .study import Sight, Study, draw
+from .study import Sight, Study, draw, picture
 from .text_slider import fused, train_slider
 
 TITLE = "Edits and their rivals"
@@ -31,9 +31,13 @@ Way = Callable[[float], Tensor]
 
 def run(study: Study) -> dict[str, Any]:
     figures: dict[str, dict[str, Any]] = {}
+    seen = []
     for name in study.binary:
-        figures[name] = _attribute(study, name)
+        figures[name], row = _attribute(study, name)
+        seen.append(row)
     ways = list(next(iter(figures.values())))
+    labels = [x for name in figures for x in (f"no {name}", *ways)]
+    sheet = picture(torch.cat(seen), 1 + len(ways), labels)
     rows = []
     for name, found in figures.items():
         for way in ways:
@@ -57,18 +61,21 @@ def run(study: Study) -> dict[str, Any]:
             "pictures, LPIPS's form; others changed: mean change of the other two-valued "
             "attributes' probabilities; strengths are in each way's own units."
         ],
+        pictures=[("One person who lacks it, and each way at the last strength tried", sheet)],
     )  # fmt: skip
 
 
-def _attribute(study: Study, name: str) -> dict[str, Any]:
-    """way -> curve over strengths, and the figures at the matched one."""
+def _attribute(study: Study, name: str) -> tuple[dict[str, Any], Tensor]:
+    """way -> curve over strengths and the figures at the matched one; and the first person's
+    pictures, before and each way's last."""
     space, size = study.space, study.size
     lacking = (space.labels[:, space.attributes.index(name)] < 0.5).nonzero()[:, 0]
     order = torch.randperm(len(lacking), generator=study.generator(200))
     who = lacking[order][: size.people]
     c, n = space.coefficients[who], len(who)
     texts, seeds = study.texts(n, 201), list(range(20_000, 20_000 + n))
-    before = study.judge.read(draw(study, c, texts, seeds))
+    unedited = draw(study, c, texts, seeds)
+    before, seen = study.judge.read(unedited), [unedited[:1]]
     column = study.column(name)
     others = [study.column(x) for x in study.binary if x != name]
     found = {}
@@ -77,11 +84,13 @@ def _attribute(study: Study, name: str) -> dict[str, Any]:
         steps = [(0.0, torch.zeros(n), dict(zip(MEASURES, (torch.ones(n), torch.zeros(n),
                   torch.zeros(n), before.whole), strict=True)))]  # fmt: skip
         for amount in amounts:
-            after = study.judge.read(make(amount))
+            images = make(amount)
+            after = study.judge.read(images)
             gain = after.attributes[:, column] - before.attributes[:, column]
             steps.append((amount, gain, compare(before, after, others)))
             if float(gain.mean()) >= TARGET:
                 break
+        seen.append(images[:1])
         found[way] = {
             "curve": [
                 {"strength": s, "gain": float(gain.mean()),
@@ -91,7 +100,7 @@ def _attribute(study: Study, name: str) -> dict[str, Any]:
             "most": max(float(gain.mean()) for _, gain, _ in steps),
             "matched": _matched(steps),
         }  # fmt: skip
-    return found
+    return found, torch.cat(seen)
 
 
 def compare(before: Sight, after: Sight, others: list[int]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ..sources import Subject
 from ..training import Recipe, train
 from ..verbs.invert import invert
 from . import told
-from .study import HeldOut, Judge, Study, draw
+from .study import HeldOut, Judge, Study, draw, picture
 
 TITLE = "Inversion of one photo"
 
@@ -37,11 +37,11 @@ def run(study: Study) -> dict[str, Any]:
         began = time.perf_counter()
         ways[name] = make()
         seconds[name] = time.perf_counter() - began
-    figures, rows = {}, []
+    figures, rows, shown = {}, [], {"photo": people.photos[:, 0]}
     for name, found in ways.items():
         if found is None:
             continue
-        figures[name] = _judged(study, people, known, found)
+        figures[name], shown[name] = _judged(study, people, known, found)
         figures[name] |= {"seconds_a_person": seconds[name] / n,
                           "parameters": found.shape[1]}  # fmt: skip
         at = {key: told.Figure(**figures[name][key]) for key in ("identity", "right", "found")}
@@ -51,6 +51,8 @@ def run(study: Study) -> dict[str, Any]:
         figures[name]["identity"]["value"]
         for name in ("w2w, one photo", "adapter, many photos", "adapter, one photo")
     )
+    some = torch.stack([images[:6] for images in shown.values()], 1)
+    sheet = picture(some.flatten(0, 1), len(shown), list(shown) * len(some))
     z = (ways["w2w, one photo"] - space.mu) / space.sigma.clamp_min(1e-12)
     figures["rms_of_whitened_coefficients"] = float(z.square().mean().sqrt())
     return told.section(
@@ -71,6 +73,7 @@ def run(study: Study) -> dict[str, Any]:
         notes=["identity: cosine of the judge's identities on generated pictures and on other "
                "photos of the person, never on the photo that was given. Times are of all in one "
                "batch."],
+        pictures=[("The photo, and a picture in another place and pose by each way", sheet)],
     )  # fmt: skip
 
 
@@ -86,11 +89,15 @@ def mean_identity(judge: Judge, photos: Tensor) -> Tensor:
     return F.normalize(judge.read(photos.flatten(0, 1)).identity.view(n, p, -1).mean(1), dim=1)
 
 
-def _judged(study: Study, people: HeldOut, known: Tensor, found: Tensor) -> dict[str, Any]:
+def _judged(
+    study: Study, people: HeldOut, known: Tensor, found: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """The figures of pictures of `found` [n, ...], and the first picture of each."""
     n, images = len(found), study.size.images
     rows = torch.arange(n).repeat_interleave(images)
     seeds = list(range(40_000, 40_000 + len(rows)))
-    sight = study.judge.read(draw(study, found[rows], study.texts(len(rows), 501), seeds))
+    made = draw(study, found[rows], study.texts(len(rows), 501), seeds)
+    sight = study.judge.read(made)
     identity = (sight.identity * known[rows]).sum(1).view(n, images)
     columns = [study.column(name) for name in study.binary]
     truth = people.labels[:, columns][rows] > 0.5
@@ -102,7 +109,7 @@ def _judged(study: Study, people: HeldOut, known: Tensor, found: Tensor) -> dict
         "right": told.figure(right)._asdict(),
         "found": told.figure(first.float())._asdict(),
         "whole": told.figure((sight.whole > 0.5).float().view(n, images))._asdict(),
-    }
+    }, made[::images]
 
 
 def _w2w(study: Study, people: HeldOut) -> Tensor:

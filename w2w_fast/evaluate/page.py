@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from PIL.Image import Image
 
 from ..files import atomic_path
-from ..pictures import lines
+from ..pictures import encode, lines
 
 _MARKDOWN = """\
 # A weight space, measured
@@ -36,6 +37,10 @@ seed {{ about.seed }}; {{ minutes }} minutes. Intervals are 95%, over people (bo
 {{ note }}
 {% endfor %}{% for c in part.curves %}
 ![{{ c.title }}]({{ name }}-{{ loop.index }}.png)
+{% endfor %}{% for p in part.pictures %}
+{{ p.title }}:
+
+![{{ p.title }}]({{ p.file }})
 {% endfor %}{% endfor %}"""
 
 _HTML = """\
@@ -64,9 +69,25 @@ seed {{ about.seed }}; {{ minutes }} minutes. Intervals are 95%, over people (bo
 {% endfor %}</table>{% endfor %}
 {% for note in part.notes %}<p>{{ note }}</p>{% endfor %}
 {% for c in part.curves %}<img src="{{ name }}-{{ loop.index }}.png" alt="{{ c.title }}">
-{% endfor %}{% endfor %}
+{% endfor %}
+{% for p in part.pictures %}<p>{{ p.title }}:</p>
+<img src="{{ p.file }}" alt="{{ p.title }}">{% endfor %}
+{% endfor %}
 </html>
 """
+
+
+def write_pictures(
+    out: Path, name: str, pictures: Sequence[tuple[str, Image]]
+) -> list[dict[str, str]]:
+    """A section's pictures as PNGs beside the report: their titles and files."""
+    told = []
+    for i, (title, image) in enumerate(pictures, 1):
+        file = f"{name}-picture-{i}.png"
+        with atomic_path(out / file) as path:
+            path.write_bytes(encode(image, "png", {}))
+        told.append({"title": title, "file": file})
+    return told
 
 
 def write_pages(out: Path, result: Mapping[str, Any], order: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from ..verbs.sample import sample
 from . import told
-from .study import Study, draw
+from .study import Study, draw, picture
 
 TITLE = "People who do not exist"
 
@@ -29,7 +29,8 @@ def run(study: Study) -> dict[str, Any]:
 
     rows = torch.arange(n).repeat_interleave(images)
     seeds = list(range(10_000, 10_000 + len(rows)))
-    sight = study.judge.read(draw(study, c[rows], study.texts(len(rows), 101), seeds))
+    made = draw(study, c[rows], study.texts(len(rows), 101), seeds)
+    sight = study.judge.read(made)
     whole = told.figure((sight.whole > 0.5).float().view(n, images))
     alike = sight.identity @ sight.identity.T
     mine = rows[:, None] == rows[None]
@@ -65,5 +66,11 @@ def run(study: Study) -> dict[str, Any]:
                 at_least=0.0,
             ),
             told.claim("share of them that are copies", figures["copies"], at_most=0.02),
+        ],
+        pictures=[
+            (
+                "Some of them, pictures of one person side by side",
+                picture(made[: 4 * images], 2 * images),
+            )
         ],
     )

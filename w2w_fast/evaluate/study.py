@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..attach import attach
 from ..denoise import denoiser, device_of
 from ..errors import InputError
+from ..pictures import contact_sheet
 from ..space import WeightSpace
 
 BATCH = 64
@@ -75,13 +77,17 @@ class Size:
     photos: int = 16
     """That the many-photo rival has."""
     slider_steps: int = 150
+    twins: int = 6
+    """Pairs of people who differ in one attribute, of each change."""
+    trained: int = 120
+    """People of a population that is made for the report."""
     permutations: int = 20
 
 
 FULL = Size()
 SHORT = Size(
     people=6, images=1, attributes=2, strengths=(2.0, 4.0), inverted=4, steps=30, photos=4,
-    slider_steps=10, permutations=3,
+    slider_steps=10, twins=2, trained=12, permutations=3,
 )  # fmt: skip
 
 
@@ -93,7 +99,8 @@ class Study:
     a prompt says that somebody has an attribute of two values; settings: of `generate`;
     inversion: of `invert`; held_out: n -> so many subjects, None where there are none; identities:
     mean identity [n, e] of the population's own subjects on photos, None where those are lost;
-    photos_of: rows -> one photo of each of the population's subjects, uint8, None likewise.
+    photos_of: rows -> one photo of each of the population's subjects, uint8, None likewise; more:
+    sections of its own by name, modules or alike with a TITLE and a `run`.
     """
 
     space: WeightSpace
@@ -107,6 +114,7 @@ class Study:
     held_out: Callable[[int, int], HeldOut] | None = None
     identities: Callable[[], Tensor] | None = None
     photos_of: Callable[[Tensor], Tensor] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
     size: Size = FULL
     seed: int = 0
 
@@ -187,3 +195,9 @@ def pixels(images: Sequence[Any]) -> Tensor:
         data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         rows.append(data.view(image.height, image.width, 3).permute(2, 0, 1))
     return torch.stack(rows)
+
+
+def picture(images: Tensor, columns: int, labels: Sequence[str] | None = None) -> Image.Image:
+    """A contact sheet of uint8 [n, 3, h, w]."""
+    pils = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
+    return contact_sheet(pils, columns, labels)

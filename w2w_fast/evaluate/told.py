@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 RESAMPLES = 2000
@@ -77,10 +78,12 @@ def section(
     claims: Sequence[dict] = (),
     plots: Sequence[dict] = (),
     notes: Sequence[str] = (),
+    pictures: Sequence[tuple[str, Image]] = (),
 ) -> dict[str, Any]:
+    """All of a section; pictures, (title, image), are written as files beside the report."""
     return {
         "figures": dict(figures), "tables": list(tables), "claims": list(claims),
-        "curves": list(plots), "notes": list(notes),
+        "curves": list(plots), "notes": list(notes), "pictures": list(pictures),
     }  # fmt: skip
 
 
