@@ -106,9 +106,9 @@ def run(study: Study) -> dict[str, Any]:
         key = "balanced_accuracy" if name in BINARY else "r2"
         table.append([name, key.replace("_", " "), entry[key], entry["null"][key][1]])
     two = [row[2] for row in table if row[0] in BINARY]
-    own = replace(study, space=space)
     some = min(8, n)
-    made = draw(own, space.coefficients[:some], [PROMPT] * some, range(some))
+    w = space.reconstruct(space.coefficients[:some])
+    made = draw(study, w, [PROMPT] * some, range(some))
     first = conditions(1, torch.Generator().manual_seed(95)).expand(some, -1)
     both = torch.cat([render(rows[:some], first), made])
     return told.section(
