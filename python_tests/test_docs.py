@@ -55,3 +55,10 @@ def test_embed(tmp_path, monkeypatch):
     for each in pipes.values():
         model = getattr(each, "unet", None) or each.transformer
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_evaluate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_page("evaluate.md", {})
+    assert (tmp_path / "report" / "report.html").exists()
+    assert "balanced accuracy" in capsys.readouterr().out

@@ -39,6 +39,7 @@ LAYERS = [
     {"training"},
     {"inversion", "memory"},
     {"verbs"},
+    {"evaluate"},
     {"demo"},
     {"benchmarks"},
     {"cli"},

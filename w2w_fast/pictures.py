@@ -99,6 +99,23 @@ def curve(path: Path, points: Sequence[tuple[float, float]], names: tuple[str, s
     _save(figure, path)
 
 
+def lines(
+    path: Path,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    names: tuple[str, str],
+    title: str = "",
+) -> None:
+    """A line a name through its (x, y) points as PNG, with a legend; names: of x and of y."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for name, mine in points.items():
+        axes.plot(*zip(*mine, strict=True), ".-", linewidth=1, markersize=4, label=name)
+    axes.set(xlabel=names[0], ylabel=names[1], title=title)
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    figure.legend(loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
 def _figure() -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,4 +126,6 @@ def _figure() -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None})  # the same bytes for the same numbers
+    figure.savefig(
+        path, format="png", metadata={"Software": None}
+    )  # the same bytes for the same numbers

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import collect, generate, invert, learn, look, populate
+from . import collect, evaluate, generate, invert, learn, look, populate
 from . import options as opt
 from . import support as shared
 
@@ -155,6 +155,14 @@ command(
     "w2w generate space/ --sample 1000 --prompts prompts.txt --per-identity 4 --format tar",
     "w2w generate space/ --out images --resume",
 )(generate.generate)
+
+
+command(
+    "evaluate",
+    HELP,
+    "w2w evaluate demo --out report",
+    "w2w evaluate demo --out quick --short --section edits --section sampling",
+)(evaluate.evaluate)
 
 
 @command(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,10 +30,13 @@ CHANGES = ("beard", "hat", "glasses", "skin")
 
 def twin_test(
     space: WeightSpace, pipe, training_pipe, reader: Reader, recipe: Recipe, start: Tensor | None,
-    pairs: int = 12, seed: int = 80,
+    pairs: int = 12, seed: int = 80, alone: bool = False,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """For each change: the mean cosine between different people's edits, and how often the mean
-    edit of the others, applied once and twice, gives a person the attribute."""
+    edit of the others, applied once and twice, gives a person the attribute.
+
+    alone: everybody has random numbers of their own, and is trained alone.
+    """
     layout: Layout = space.layout
     generator = torch.Generator().manual_seed(seed)
     people = render.people(pairs, generator)
@@ -45,7 +49,12 @@ def twin_test(
             without[:, column], with_it[:, column] = 0.0, 1.0
         everybody += [without, with_it]
     group = subjects(torch.cat(everybody), "twin")
-    w = train(training_pipe, layout, group, recipe, start, batch=len(group))
+    if alone:
+        recipes = [replace(recipe, seed=recipe.seed + 1 + i) for i in range(len(group))]
+        each = zip(group, recipes, strict=True)
+        w = torch.cat([train(training_pipe, layout, [one], mine, start) for one, mine in each])
+    else:
+        w = train(training_pipe, layout, group, recipe, start, batch=len(group))
     w = w.view(len(CHANGES), 2, pairs, -1)
     texts, _ = prompts(pairs, seed + 1)
     result = {}
