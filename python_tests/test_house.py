@@ -33,7 +33,7 @@ LAYERS = [
     {"choice", "readers"},
     {"space"},
     {"attach"},
-    {"coefficients", "denoise", "pictures"},
+    {"attributes", "coefficients", "denoise", "pictures", "whereabouts"},
     {"formats", "gallery", "sources"},
     {"encoding", "recipe"},
     {"training"},

@@ -91,11 +91,11 @@ def parse_amounts(text: str) -> tuple[dict[str, float], list[str]]:
             hold.append(value)
             continue
         if name in amounts:
-            raise InputError(f"edit: {name} is given twice")
+            raise InputError(f"{name} is given twice")
         try:
             amounts[name] = float(value)
         except ValueError:
             amounts[name] = math.nan
         if not equals or not math.isfinite(amounts[name]):
-            raise InputError(f"edit: {part!r}: wanted attribute=number, as in beard=+1.5")
+            raise InputError(f"{part!r}: wanted attribute=number, as in beard=+1.5")
     return amounts, hold
