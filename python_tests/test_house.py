@@ -33,7 +33,7 @@ LAYERS = [
     {"choice", "readers"},
     {"space"},
     {"attach"},
-    {"attributes", "coefficients", "denoise", "pictures", "whereabouts"},
+    {"attributes", "coefficients", "denoise", "explore", "pictures", "whereabouts"},
     {"formats", "gallery", "sources"},
     {"encoding", "recipe"},
     {"training"},

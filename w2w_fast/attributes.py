@@ -47,6 +47,13 @@ class Attribute:
         value = self.label[0] + self.label[1] * score
         return value.sigmoid() if self.binary else value
 
+    def to_json(self) -> dict[str, list[float]]:
+        """As ``meta["readers"]`` keeps it."""
+        return {
+            "values": [self.low, self.high], "label": list(self.label), "score": list(self.score),
+            "sd": [] if self.sd is None else [self.sd],
+        }  # fmt: skip
+
     def score_of(self, value: float) -> float:
         """The score that people of this label have on average; InputError if nobody can tell."""
         if self.score[1] <= 0:

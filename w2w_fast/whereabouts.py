@@ -41,6 +41,17 @@ def with_people(space: WeightSpace, population: str | Path) -> WeightSpace:
     return dataclasses.replace(space, coefficients=c, names=people.names, labels=None)
 
 
+def outside(space: WeightSpace, w: Tensor, c: Tensor) -> Tensor:
+    """The share [k] of adapters w [k, d] that their coefficients c [k, m] do not hold.
+
+    Of the squared distance from the mean in standardised coordinates, where the components are
+    orthonormal; coordinates in which nobody differs are not counted. People of the population have
+    1 - explained.sum() on average, others more.
+    """
+    far = (w.to(space.mean) - space.mean) / space.std.clamp_min(1e-12) * (space.std > 0)
+    return (1 - c.to(far).square().sum(1) / far.square().sum(1).clamp_min(1e-30)).clamp(0, 1)
+
+
 def whereabouts(space: WeightSpace, c: Tensor) -> list[dict[str, Any]]:
     """Where people c [k, m] lie in the population of the space: for each of them
 
