@@ -139,6 +139,5 @@ def _figure(size: tuple[float, float] = (7, 3.6)) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(
-        path, format="png", metadata={"Software": None}
-    )  # the same bytes for the same numbers
+    # The same bytes for the same numbers, whatever the name of a temporary ends in.
+    figure.savefig(path, format="png", metadata={"Software": None})

@@ -75,7 +75,7 @@ def test_a_folder_tells_who_does_not_fit(space, tmp_path):
     assert {"beard", "age", "age_low", "age_high", "nearest", "likeness"} <= set(table.column_names)
     assert table["beard"].null_count == 1 and 0 <= table["beard"][1].as_py() <= 1
     said = [line for fact in facts for line in lines(space, fact)]
-    assert said[0].startswith("other.safetensors: not read: ") and "beard " in said[4]
+    assert said[0].startswith("other.safetensors: not read: ") and "beard " in said[5]
     with pytest.raises(InputError, match="other.*2/16"):
         read(space, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="no adapter or coefficients of this space in it"):

@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_world import make_space
 
 from w2w_fast import InputError, Layout, attach, edit, export, sample, slider
 from w2w_fast.formats import _fixed_inputs, verify
+from w2w_fast.layout import Module
 from w2w_fast.verbs.slider import joined
 
 FORMATS = ["kohya", "diffusers", "peft"]
@@ -39,9 +41,6 @@ def test_of_one_person_it_is_the_difference_exactly(space, person):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_of_anybody_it_is_the_derivative_at_the_mean(rank):
-    from w2w_fast.layout import Module
-    from tiny_world import make_space
-
     space = make_space(Layout((Module("a.to_q", 12, 10), Module("b.to_v", 6, 12)), rank, 4.0))
     made = slider(space, age=1e-3)
     middle = space.mu[None].double()

@@ -142,7 +142,7 @@ def blend(
         ),
     ] = "linear",
     rows: Annotated[
-        tuple[int, int], typer.Option(min=0, help="Which person of A's file, and of B's.")
+        tuple[int, int], typer.Option(help="Which person of A's file, and which of B's.")
     ] = (0, 0),
     strip: Annotated[
         Path | None, typer.Option(help="A .png to draw: all of them, one prompt and seed.")
@@ -175,7 +175,7 @@ def _person(space: WeightSpace, path: Path, row: int) -> Tensor:
     from ..verbs.read import load
 
     found = load(space, path)
-    if row >= len(found.c):
+    if not 0 <= row < len(found.c):
         raise InputError(f"{path}: has rows 0 to {len(found.c) - 1}, got {row}")
     return found.c[row]
 

@@ -54,11 +54,12 @@ class Scale:
         """
         wanted = torch.as_tensor(change, dtype=torch.float64)
         low, high = self.range
-        slack = 1e-9 * (high - low)
-        if not bool(((wanted >= low - slack) & (wanted <= high + slack)).all()):
+        slack = 1e-6 * (high - low)  # the ends themselves, in float32
+        beyond = wanted[~((wanted >= low - slack) & (wanted <= high + slack))]
+        if beyond.numel():
             raise InputError(
                 f"{self.name}: wanted a change from {low:.3g} to {high:.3g}, which is what was "
-                f"measured; got {wanted.tolist()}"
+                f"measured; got {float(beyond[0]):.3g}"
             )
         found = np.interp(wanted.cpu().numpy(), self.changes, self.amounts)
         return torch.as_tensor(found, dtype=torch.float32)
@@ -96,7 +97,7 @@ def fit_scale(
     y = torch.as_tensor(readings, dtype=torch.float64).cpu()
     if x.ndim != 1 or y.ndim != 2 or len(x) != len(y) or len(x) < 3 or not y.numel():
         raise InputError(
-            f"scale: wanted [s] and [s, k], s > 2, got {list(x.shape)}, {list(y.shape)}"
+            f"scale: wanted [s] and [s, k], s > 2, got {list(x.shape)} and {list(y.shape)}"
         )
     zero = (x == 0).nonzero().flatten()
     if len(zero) != 1 or not bool((x.diff() > 0).all()) or not bool(y.isfinite().all()):
