@@ -1,7 +1,7 @@
 """The pictures and figures of docs/people.md, from the world that ships.
 
-`python -m w2w_fast.demo.people docs` draws docs/people-*.png and writes the figures between the marks
-of docs/people.md. Seeded; the judge is the world's reader, trained on drawn pictures only.
+`python -m w2w_fast.demo.people docs` draws docs/people-*.png and writes the figures between the
+marks of docs/people.md. Seeded; the judge is the world's reader, trained on drawn pictures only.
 """
 
 from __future__ import annotations
@@ -74,11 +74,7 @@ def sampled(world: World, docs: Path, n: int = 32) -> list[str]:
     images = [world.draw(c, seeds) for c in (plain, given)]
     save(docs / "people-sample.png", contact_sheet(images[0][:8] + images[1][:8], 8))
     columns = [render.BINARY.index(name) for name in wanted]
-    lines = [
-        "",
-        "| the judge sees | a beard | glasses | a whole face |",
-        "| --- | --- | --- | --- |",
-    ]
+    lines = table("the judge sees", "a beard", "glasses", "a whole face")
     for name, made in zip(("sampled", "given beard=1, glasses=0"), images, strict=True):
         seen = world.judge.read(made)
         shares = (seen.binary[:, columns] > 0.5).float().mean(0).tolist()
@@ -87,8 +83,10 @@ def sampled(world: World, docs: Path, n: int = 32) -> list[str]:
     lines += ["", f"Novelty of 500 sampled: {novelty(world.space, sample(world.space, 500))}."]
     z = whitened(world.space, sample(world.space, 64, method="latin")).mean(0).abs().mean()
     rough = whitened(world.space, sample(world.space, 64)).mean(0).abs().mean()
-    lines += [f"The mean of 64 people is {z:.3f} sd from the population's in a component where they "
-              f"come from a Latin hypercube, {rough:.3f} where they are drawn at random."]  # fmt: skip
+    lines += [
+        f"In a component the mean of 64 people is {z:.3f} sd from the population's where they come "
+        f"from a Latin hypercube, {rough:.3f} where they are drawn at random."
+    ]
     return lines
 
 
@@ -103,11 +101,13 @@ def explored(world: World) -> list[str]:
                   if name.startswith(kind) and abs(r) > 0.7)
         for kind in ("ica", "pc")
     ]  # fmt: skip
-    lines = ["", "Here, where the labels are known, of ten of each these go along with one of them "
-             f"(correlation beyond .7 either way): {told[0]}; {told[1]}. The others are mixtures."]  # fmt: skip
+    lines = [
+        "Here, where the labels are known, of ten of each these go along with one of them "
+        f"(correlation beyond .7 either way): {told[0]}; {told[1]}. The others are mixtures."
+    ]
     c, labels = own.coefficients, own.labels
-    lines += ["", "| people labelled | glasses | beard | fringe | skin, R2 | age, R2 |",
-              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    heads = ("people labelled", "glasses", "beard", "fringe", "skin, R2", "age, R2")
+    lines += ["", *table(*heads)]
     names = ("glasses", "beard", "fringe", "skin", "age")
     columns = [own.attributes.index(name) for name in names]
     order = torch.randperm(own.n, generator=torch.Generator().manual_seed(0))
@@ -134,8 +134,7 @@ def explored(world: World) -> list[str]:
 
 
 def calibrated(world: World, docs: Path, people: int = 16) -> list[str]:
-    lines = ["", "| slider | steps | Spearman | largest step, of an even one | farthest from a line |",
-             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = table("slider", "steps", "Spearman", "largest step", "farthest from even")
     fresh = sample(world.space, people, seed=77)
     sheets = []
     for name in ("skin", "beard"):
@@ -190,25 +189,24 @@ def told(world: World, docs: Path) -> list[str]:
     least, most = min(inside, key=lambda x: x[1]), max(inside, key=lambda x: x[1])
     unsure = sure < 0.9
     return [
-        "",
-        f"Readers of 700 people, read on the other {len(rest)}: the eight attributes of two values are "
-        f"right in {float(right.mean()):.1%}, where the probabilities promise {float(sure.mean()):.1%}; "
-        f"of the {int(unsure.sum())} readings that are less than 90% sure, "
-        f"{float(right[unsure].mean()):.0%} where {float(sure[unsure].mean()):.0%} is promised. The "
-        f"intervals of the other eight, which promise 90%, hold {least[1]:.0%} ({least[0]}) to "
-        f"{most[1]:.0%} ({most[0]}).",
+        f"Readers fitted to 700 people, read on the other {len(rest)}: the eight attributes of two "
+        f"values are right in {float(right.mean()):.1%}, where the probabilities promise "
+        f"{float(sure.mean()):.1%}; of the {int(unsure.sum())} readings less than 90% sure "
+        f"{float(right[unsure].mean()):.0%} are right where {float(sure[unsure].mean()):.0%} is "
+        f"promised. The intervals of the other eight, which promise 90%, hold {least[1]:.0%} "
+        f"({least[0]}) to {most[1]:.0%} ({most[0]})."
     ]
 
 
 def blended(world: World, docs: Path) -> list[str]:
     a, b = sample(world.space, 2, seed=31)
-    lines, rows = [""], []
+    lines, rows = [], []
     for method in ("linear", "spherical"):
         people = blend(world.space, a, b, 9, method=method)
         rows += world.draw(people, [4] * 9)
         rms = whitened(world.space, people).square().mean(1).sqrt().tolist()
-        lines.append(f"{method}: {rms[0]:.2f}, {rms[4]:.2f} half way, {rms[8]:.2f} sd a component "
-                     "from the mean.")  # fmt: skip
+        far = f"{rms[0]:.2f}, {rms[4]:.2f} half way, {rms[8]:.2f}"
+        lines.append(f"- {method}: {far} sd a component from the mean.")
     save(docs / "people-blend.png", contact_sheet(rows, 9))
     return lines
 
@@ -216,9 +214,8 @@ def blended(world: World, docs: Path) -> list[str]:
 def exported(world: World, docs: Path, people: int = 16) -> list[str]:
     own = world.space
     c = sample(own, people, seed=90)
-    lines = ["", "| slider | missed of the edit at 1 sd | at 3 sd | one in twenty, 3 sd | the judge's "
-             "change: edit, 3 sd | slider of strength 3 |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    misses = ("misses at 1 sd", "at 3 sd", "for one in twenty")
+    lines = table("slider", *misses, "the judge's change, edited", "by the slider")
     seeds, sheet = list(range(people)), []
     wide = Layout(own.layout.modules, 3 * own.layout.rank, 3 * own.layout.alpha)
     plain = own.reconstruct(c)
@@ -245,6 +242,11 @@ def exported(world: World, docs: Path, people: int = 16) -> list[str]:
         sheet += [x[i] for i in range(3) for x in (before, exact, first)]
     save(docs / "people-slider.png", contact_sheet(sheet, 9))
     return lines
+
+
+def table(*heads: str) -> list[str]:
+    """The first two lines of a table."""
+    return ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
 
 
 def save(path: Path, image) -> None:

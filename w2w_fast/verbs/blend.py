@@ -19,6 +19,7 @@ from ..space import WeightSpace
 from ..whereabouts import whitened
 
 MOST = 10_000
+_AT_THE_MEAN = 1e-4  # a distance that rounding alone may have made
 
 
 def blend(
@@ -48,7 +49,7 @@ def blend(
 def _turned(space: WeightSpace, a: Tensor, b: Tensor, t: Tensor, straight: Tensor) -> Tensor:
     z = whitened(space, torch.stack([a, b])).double()
     length = z.norm(dim=1, keepdim=True)
-    if not bool((length > 0).all()):
+    if not bool((length > _AT_THE_MEAN).all()):
         raise InputError("spherical: one of the two is the mean, which has no direction")
     unit = z / length
     # By both half chords: the cosine alone loses small angles, and those near pi.

@@ -166,7 +166,11 @@ def load(space: WeightSpace, path: Path) -> Found:
         c = read_coefficients(path, space.m)
         names = [path.stem] if len(c) == 1 else [f"{path.stem}:{i}" for i in range(len(c))]
         return Found(str(path), names, c, [None] * len(c))
-    w = for_space(read_adapter(path), space).to(space.mean)
+    adapter = read_adapter(path)
+    try:
+        w = for_space(adapter, space).to(space.mean)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     c = space.project(w)
     return Found(str(path), [path.stem], c, outside(space, w, c).tolist())
 
