@@ -79,6 +79,7 @@ BAD = [
     "read {}/space {}/people.safetensors --out table.txt",
     "read {}/space {}/people.safetensors --map map.jpg",
     "read {}/space {}/people.safetensors --map map.png --shade wings",
+    "read {}/space {}/people.safetensors --shade age",
     "blend {}/space {}/people.safetensors",
     "blend {}/space {}/people.safetensors {}/narrow.safetensors",
     "blend {}/space {}/people.safetensors {}/people.safetensors --rows 0 3",

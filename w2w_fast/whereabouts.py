@@ -67,7 +67,7 @@ def whereabouts(space: WeightSpace, c: Tensor) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = [
         {"distance": d, "rms": d / space.m**0.5} for d in distance.tolist()
     ]
-    if space.n < 2:
+    if space.n < 2 or not told:
         return told
     population = whitened(space, space.coefficients)
     far = population.norm(dim=1)
@@ -76,8 +76,9 @@ def whereabouts(space: WeightSpace, c: Tensor) -> list[dict[str, Any]]:
     between = unit[sample] @ unit.T
     between[torch.arange(len(sample), device=sample.device), sample] = -1
     closest = between.amax(1)
-    likeness = torch.nn.functional.normalize(z) @ unit.T
-    best, who = likeness.topk(min(_NEAREST, space.n))
+    near = [(part @ unit.T).topk(min(_NEAREST, space.n)) for part in
+            torch.nn.functional.normalize(z).split(_ROWS)]  # fmt: skip
+    best, who = (torch.cat(part) for part in zip(*near, strict=True))
     names = names_of(space)
     for i, about in enumerate(told):
         closer = float((closest > best[i, 0]).float().mean())

@@ -106,6 +106,8 @@ def read(
         shared.new_file(out, overwrite, ".csv" if out.suffix == ".csv" else ".parquet")
     if map is not None:
         shared.new_file(map, overwrite, ".png")
+    elif shade:
+        raise InputError("--shade: wanted with --map only")
     from ..files import atomic_path
     from ..verbs import read as verb
 

@@ -41,9 +41,13 @@ def read(space: WeightSpace, people: Tensor | str | Path | Sequence[str | Path])
         if people.ndim != 2 or people.shape[1] != space.m:
             raise InputError(f"people: wanted [k, {space.m}], got {list(people.shape)}")
         names = [f"row {i}" for i in range(len(people))]
-        return _facts(space, Found("", names, people, [None] * len(names)))
-    paths = [people] if isinstance(people, (str, Path)) else people
-    return [fact for path in paths for fact in _at(space, Path(path))]
+        found: list[Found | dict] = [Found("", names, people, [None] * len(names))]
+    else:
+        paths = [people] if isinstance(people, (str, Path)) else people
+        found = [one for path in paths for one in _at(space, Path(path))]
+    told = iter(_facts(space, [one for one in found if isinstance(one, Found)]))
+    facts = ([one] if isinstance(one, dict) else [next(told) for _ in one.names] for one in found)
+    return [fact for some in facts for fact in some]
 
 
 def coordinates(space: WeightSpace, people: Tensor) -> Tensor:
@@ -105,29 +109,30 @@ class Found(NamedTuple):
     outside: list[float | None]
 
 
-def _facts(space: WeightSpace, found: Found) -> list[dict]:
-    if not len(found.c):
-        return []
-    told = whereabouts(space, found.c)
-    shown = read_attributes(space, found.c)
-    where = coordinates(space, found.c).tolist()
+def _facts(space: WeightSpace, found: Sequence[Found]) -> list[dict]:
+    """Of everybody at once: what is known of the population is worked out once."""
+    c = torch.cat([one.c.to(space.mu) for one in found] or [space.mu[None, :][:0]])
+    told, shown, where = whereabouts(space, c), read_attributes(space, c), coordinates(space, c)
+    whose = [
+        {"name": name, "source": one.source, "outside": outside}
+        for one in found
+        for name, outside in zip(one.names, one.outside, strict=True)
+    ]
     return [
         {
-            "name": name,
-            "source": found.source,
-            "outside": found.outside[i],
-            "map": where[i],
+            **person,
+            "map": where[i].tolist(),
             **about,
             "attributes": {
                 attribute: {key: float(column[i]) for key, column in columns.items()}
                 for attribute, columns in shown.items()
             },
         }
-        for i, (name, about) in enumerate(zip(found.names, told, strict=True))
+        for i, (person, about) in enumerate(zip(whose, told, strict=True))
     ]
 
 
-def _at(space: WeightSpace, path: Path) -> Iterator[dict]:
+def _at(space: WeightSpace, path: Path) -> Iterator[Found | dict]:
     if path.is_dir() and (path / RECORD).is_file():
         people = open_population(path)
         if people.layout != space.layout:
@@ -136,28 +141,28 @@ def _at(space: WeightSpace, path: Path) -> Iterator[dict]:
         for w in people.shards:
             c = space.project(w.to(space.mean))
             mine = [next(names) for _ in range(len(w))]
-            yield from _facts(space, Found(str(path), mine, c, outside(space, w, c).tolist()))
+            yield Found(str(path), mine, c, outside(space, w, c).tolist())
     elif path.is_dir() and not (path / "adapter_config.json").is_file():
         yield from _folder(space, path)
     else:
-        yield from _facts(space, load(space, path))
+        yield load(space, path)
 
 
-def _folder(space: WeightSpace, path: Path) -> list[dict]:
-    facts: list[dict] = []
+def _folder(space: WeightSpace, path: Path) -> list[Found | dict]:
+    found: list[Found | dict] = []
     for item in sorted(path.iterdir(), key=lambda p: natural(p.name)):
-        if item.suffix != ".safetensors" and not item.is_dir():
-            continue
-        if item.is_dir() and not (item / "adapter_config.json").is_file():
+        peft = item.is_dir() and (item / "adapter_config.json").is_file()
+        if not peft and (item.is_dir() or item.suffix != ".safetensors"):
             continue
         try:
-            facts += _facts(space, load(space, item))
+            found.append(load(space, item))
         except InputError as error:
-            facts.append({"name": item.name, "source": str(item), "reason": str(error)})
-    if all("reason" in fact for fact in facts):
-        said = f"; the first: {facts[0]['reason']}" if facts else ""
-        raise InputError(f"{path}: no adapter or coefficients of this space in it{said}")
-    return facts
+            found.append({"name": item.name, "source": str(item), "reason": str(error)})
+    reasons = [one["reason"] for one in found if isinstance(one, dict)]
+    if len(reasons) == len(found):
+        first = f"; the first: {reasons[0]}" if reasons else ""
+        raise InputError(f"{path}: no adapter or coefficients of this space in it{first}")
+    return found
 
 
 def load(space: WeightSpace, path: Path) -> Found:
