@@ -91,11 +91,12 @@ def _errors(space: WeightSpace, wide: Layout, w: Tensor, step: Tensor) -> Tensor
     else:
         rows = torch.linspace(0, space.n - 1, min(space.n, _PEOPLE)).long()
         people = space.coefficients[rows.to(space.mu.device)]
-    errors = []
-    for c in people:
-        before, after = space.reconstruct(torch.stack([c, c + step[0]])).double()
+    errors, delta = [], space.delta(step[0]).double()
+    both = Layout(wide.modules, 2 * wide.rank, 2 * wide.alpha)
+    for before in space.reconstruct(people):
+        before = before.double()
+        after = before + delta
         true = joined(space.layout, wide, [(after, after, 1.0), (before, before, -1.0)])
-        both = Layout(wide.modules, 2 * wide.rank, 2 * wide.alpha)
         rest = joined(wide, both, [(true, true, 1.0), (w, w, -1.0)])
         errors.append((_energy(both, rest) / _energy(wide, true).clamp_min(1e-300)).sqrt())
     return torch.stack(errors).float().cpu()
