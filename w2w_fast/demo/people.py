@@ -133,13 +133,13 @@ def explored(world: World) -> list[str]:
     return lines
 
 
-def calibrated(world: World, docs: Path, people: int = 8) -> list[str]:
+def calibrated(world: World, docs: Path, people: int = 4) -> list[str]:
     lines = table("slider", "steps", "Spearman", "largest step", "farthest from even")
     fresh = sample(world.space, people, seed=77)
     sheets = []
     for name in ("skin",):  # a row of pictures a kind of steps
         scale = calibrate(
-            world.space, world.pipe, name, measure(world.judge, name), people=12, seed=3,
+            world.space, world.pipe, name, measure(world.judge, name), people=6, seed=3,
             prompt=PROMPT, amounts=range(-5, 6), progress=False,
         )  # fmt: skip
         low, high = scale.range
@@ -161,7 +161,7 @@ def calibrated(world: World, docs: Path, people: int = 8) -> list[str]:
     return [
         *lines,
         "",
-        f"Measured on 12 people and tested on {people} others with other seeds, in nine steps from",
+        f"Measured on 6 people and tested on {people} others with other seeds, in nine steps from",
         "end to end of one range. The largest step is that of the mean reading, 1 being even; the",
         "farthest from even is its distance from a straight line, as a share of all change.",
         "",
