@@ -33,7 +33,7 @@ LAYERS = [
     {"choice", "readers"},
     {"space"},
     {"attach"},
-    {"coefficients", "denoise", "pictures"},
+    {"attributes", "coefficients", "denoise", "explore", "pictures", "whereabouts"},
     {"formats", "gallery", "sources", "studio"},
     {"encoding", "recipe"},
     {"training"},

@@ -21,21 +21,30 @@ if TYPE_CHECKING:
     from .formats import export, import_published, read_adapter
     from .layout import Layout
     from .space import WeightSpace
+    from .verbs.blend import blend
+    from .verbs.calibrate import calibrate
     from .verbs.collect import collect
+    from .verbs.directions import directions
     from .verbs.edit import edit
     from .verbs.fit import fit
     from .verbs.generate import generate
     from .verbs.generate_to import generate_to
     from .verbs.invert import invert
     from .verbs.populate import populate
+    from .verbs.read import read
     from .verbs.sample import sample
+    from .verbs.slider import slider
+    from .whereabouts import novelty
 
 _HOME = {
     "InputError": "errors",
     "Layout": "layout",
     "WeightSpace": "space",
     "attach": "attach",
+    "blend": "verbs.blend",
+    "calibrate": "verbs.calibrate",
     "collect": "verbs.collect",
+    "directions": "verbs.directions",
     "edit": "verbs.edit",
     "export": "formats",
     "fit": "verbs.fit",
@@ -43,10 +52,13 @@ _HOME = {
     "generate_to": "verbs.generate_to",
     "import_published": "formats",
     "invert": "verbs.invert",
+    "novelty": "whereabouts",
     "populate": "verbs.populate",
+    "read": "verbs.read",
     "read_adapter": "formats",
     "read_coefficients": "coefficients",
     "sample": "verbs.sample",
+    "slider": "verbs.slider",
     "write_coefficients": "coefficients",
 }
 """Public name -> the module that defines it."""
@@ -56,8 +68,11 @@ __all__ = [
     "Layout",
     "WeightSpace",
     "attach",
+    "blend",
+    "calibrate",
     "collect",
     "demo",
+    "directions",
     "edit",
     "export",
     "fit",
@@ -65,10 +80,13 @@ __all__ = [
     "generate_to",
     "import_published",
     "invert",
+    "novelty",
     "populate",
+    "read",
     "read_adapter",
     "read_coefficients",
     "sample",
+    "slider",
     "write_coefficients",
 ]
 

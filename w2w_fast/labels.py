@@ -60,19 +60,26 @@ def labels_of(path: str | Path, people: Sequence[str]) -> tuple[Tensor, list[str
 
     Everybody needs one row; rows of others are left out. InputError otherwise.
     """
+    rows, labels, attributes = labels_of_some(path, people)
+    if len(rows) < len(people):
+        missing = sorted(set(range(len(people))) - set(rows))
+        raise InputError(
+            f"labels: {path}: nothing on {len(missing)} of {len(people)} people, "
+            f"{people[missing[0]]!r} first"
+        )
+    return labels, attributes
+
+
+def labels_of_some(path: str | Path, people: Sequence[str]) -> tuple[list[int], Tensor, list[str]]:
+    """(who [k] of the people named has a row, their labels [k, a], the attributes)."""
     names, attributes, labels = read_labels(path)
     if names is None:
         raise InputError(f"labels: {path}: no column of names to join the people by")
     where = {name: i for i, name in enumerate(names)}
     if len(where) != len(names):
         raise InputError(f"labels: {path}: a name occurs twice")
-    missing = [name for name in people if name not in where]
-    if missing:
-        raise InputError(
-            f"labels: {path}: nothing on {len(missing)} of {len(people)} people, "
-            f"{missing[0]!r} first"
-        )
-    return labels[[where[name] for name in people]], attributes
+    rows = [i for i, name in enumerate(people) if name in where]
+    return rows, labels[[where[people[i]] for i in rows]], attributes
 
 
 def labels_table(path: str | Path, people: Sequence[str]) -> Table:

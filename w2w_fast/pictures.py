@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that say how they were made, strips, contact sheets, a spectrum."""
+"""Pictures as files: PNGs that say how they were made, strips, contact sheets, plots."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 4
 _LABEL = 14
+_LABELLED = 30  # points of a map, at most
 
 
 def contact_sheet(
@@ -116,16 +117,44 @@ def lines(
     _save(figure, path)
 
 
-def _figure() -> Figure:
+def scatter(
+    path: Path,
+    crowd: Sequence[tuple[float, float]],
+    points: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+    names: Sequence[str],
+    shade: Sequence[float] | None = None,
+    shade_name: str = "",
+) -> None:
+    """A map as PNG: a crowd of grey dots, or shaded by a number each, and points with labels."""
+    figure = _figure((7, 5.6))
+    axes = figure.add_subplot()
+    if crowd:
+        colour = {"color": "#c3c9d0"} if shade is None else {"c": shade, "cmap": "viridis"}
+        dots = axes.scatter(*zip(*crowd, strict=True), s=9, linewidths=0, **colour)
+        if shade is not None:
+            figure.colorbar(dots, ax=axes, label=shade_name)
+    axes.scatter(*zip(*points, strict=True), s=34, color="#c0392b", edgecolors="white", zorder=2)
+    if len(points) <= _LABELLED:
+        for point, label in zip(points, labels, strict=True):
+            # A name may hold a dollar sign, which would be taken for a formula.
+            axes.annotate(label[:30].replace("$", r"\$"), point, xytext=(5, 4),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float] = (7, 3.6)) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(
-        path, format="png", metadata={"Software": None}
-    )  # the same bytes for the same numbers
+    # The same bytes for the same numbers, whatever the name of a temporary ends in.
+    figure.savefig(path, format="png", metadata={"Software": None})

@@ -238,9 +238,16 @@ class WeightSpace:
         }
         if self.basis.dtype == torch.uint8:
             parts["basis"] = self.basis[:, : -(-m // 2)]
-        space = dataclasses.replace(self, **parts, meta=dict(self.meta))
+        meta = dict(self.meta)
+        if isinstance(readers := meta.get("readers"), dict):  # what a score meant, it means no more
+            meta["readers"] = {
+                name: {k: v for k, v in entry.items() if k != "calibration"}
+                if isinstance(entry, dict) else entry
+                for name, entry in readers.items()
+            }  # fmt: skip
+        space = dataclasses.replace(self, **parts, meta=meta)
         if space.classifiers is not None:
-            space._set_directions()
+            space.set_directions()
         return space
 
     def fit_directions(
@@ -263,15 +270,17 @@ class WeightSpace:
         attributes = list(attributes)
         labels = labels.to(self.coefficients.device, torch.float32)
         weights, report = fit_readers(
-            self.coefficients, labels, attributes, method=method, permutations=permutations
-        )
+            self.coefficients, labels, attributes, method=method, permutations=permutations,
+            origin=self.mu,
+        )  # fmt: skip
         self.labels, self.attributes = labels, attributes
         self.classifiers = weights.to(labels.device)
-        self._set_directions()
+        self.set_directions()
         self.meta = {**self.meta, "readers": report}
         return report
 
-    def _set_directions(self) -> None:
+    def set_directions(self) -> None:
+        """Directions of the classifiers that are there: S c / |S c|, one sd long."""
         covariance = self.covariance()
         along = self.classifiers.double() @ covariance
         unit = along / along.norm(dim=1, keepdim=True)

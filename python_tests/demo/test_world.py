@@ -9,6 +9,7 @@ import torch
 from w2w_fast import demo
 from w2w_fast.demo import figures, render
 from w2w_fast.demo.build import persons
+from w2w_fast.demo.reading import measure
 from w2w_fast.demo.score import held_out_photos, prompts
 from w2w_fast.files import check_manifest
 from w2w_fast.verbs.edit import edit
@@ -42,6 +43,18 @@ def test_reader_reads_rendered_photographs(world):
     right = (reading.binary > 0.5) == (people[:, : len(render.BINARY)] > 0.5)
     assert right.float().mean() > 0.93
     assert (reading.face > 0.5).float().mean() > 0.97
+
+
+def test_the_judge_measures_one_attribute(world):
+    people, conditions = persons("held-out", 64), render.conditions(64, torch.Generator())
+    images = render.render(people, conditions)
+    for name in ("hat", "skin"):
+        seen = measure(world[2], name)(images)
+        truth = people[:, render.ATTRIBUTES.index(name)]
+        assert torch.corrcoef(torch.stack([seen, truth]))[0, 1] > 0.8
+        assert seen.abs().max() <= 6
+    with pytest.raises(demo.InputError, match="not 'wings'"):
+        measure(world[2], "wings")
 
 
 def test_populated_people_look_like_themselves(world):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import collect, evaluate, generate, invert, learn, look, populate
+from . import collect, evaluate, generate, invert, learn, look, people, populate
 from . import options as opt
 from . import support as shared
 
@@ -69,6 +69,14 @@ command(
 )(learn.fit)
 
 
+command(
+    "directions",
+    MAKE,
+    "w2w directions demo",
+    "w2w directions space/ smiling/ --labels smiles.csv --method logistic",
+)(people.directions)
+
+
 @command("quantize", MAKE, "w2w quantize celeba/ celeba-int8/ --to int8")
 def quantize(
     space: opt.SpaceArg,
@@ -89,23 +97,45 @@ def quantize(
     USE,
     "w2w sample demo --n 16 --seed 1 --out people.safetensors",
     "w2w sample space/ --n 4 --factor 0.7",
+    "w2w sample demo --n 8 --given beard=1,glasses=0 --novelty",
 )
 def sample(
     space: opt.SpaceArg,
     n: Annotated[int, typer.Option("--n", min=1, max=1_000_000, help="How many people.")] = 1,
     seed: opt.Seed = 0,
     factor: Annotated[float, typer.Option(help="Below 1 more average, above 1 less.")] = 1.0,
+    given: Annotated[
+        str, typer.Option(help="attribute=label,...: everybody reads as people with that label do.")
+    ] = "",
+    covariance: Annotated[
+        str, typer.Option(metavar="diagonal|full", help="full: that of the space's people.")
+    ] = "diagonal",
+    method: Annotated[
+        str, typer.Option(metavar="random|latin", help="latin: evenly spread, rows depend on n.")
+    ] = "random",
+    novelty: Annotated[
+        bool, typer.Option("--novelty", help="Say how far they are from anybody in the population.")
+    ] = False,
+    population: people.Population = None,
     out: opt.PeopleOut = Path("coefficients.safetensors"),
     overwrite: opt.Overwrite = False,
 ) -> None:
     """People who do not exist: coefficients drawn like the population's."""
     shared.new_file(out, overwrite)
     from ..coefficients import write_coefficients
+    from ..verbs.sample import parse_given
     from ..verbs.sample import sample as verb
+    from ..whereabouts import novelty as distances
 
-    opened = shared.open_space(space)
-    write_coefficients(out, verb(opened, n, seed=seed, factor=factor))
+    labels = parse_given(given)
+    opened = people.open_with_people(space, population)
+    options = {"factor": factor, "covariance": covariance, "method": method, "given": labels}
+    made = verb(opened, n, seed=seed, **options)
+    told = distances(opened, made) if novelty else ""
+    write_coefficients(out, made)
     typer.echo(f"{out}: {n} people, {opened.m} coefficients each")
+    if novelty:
+        typer.echo(told)
 
 
 @command(
@@ -121,6 +151,10 @@ def edit(
         str,
         typer.Option("--set", help="attribute=amount,...: standard deviations; hold=attribute."),
     ],
+    scale: Annotated[
+        list[Path] | None,
+        typer.Option(help="Of `w2w calibrate`: that attribute's amount is a measured change."),
+    ] = None,
     out: opt.PeopleOut = Path("edited.safetensors"),
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -128,16 +162,42 @@ def edit(
     shared.new_file(out, overwrite)
     from ..coefficients import read_coefficients, write_coefficients
     from ..verbs import edit as verb
+    from ..verbs.calibrate import Scale
 
     amounts, hold = verb.parse_amounts(set_)
     if not amounts:
         raise InputError('--set: wanted at least one attribute=amount, as in "beard=+1.5"')
     opened = shared.open_space(space)
-    people = read_coefficients(coefficients, opened.m)
-    write_coefficients(out, verb.edit(opened, people, amounts, hold=hold))
-    typer.echo(f"{out}: {len(people)} people edited: {set_}")
+    made = read_coefficients(coefficients, opened.m)
+    for path in scale or ():
+        known = Scale.load(path)
+        if known.name not in amounts:
+            raise InputError(f"--scale: {path} is of {known.name}, which --set does not name")
+        amount = {known.name: float(known.amount(amounts.pop(known.name)))}
+        made = verb.edit(opened, made, amount, hold=[*known.hold, *hold])
+    made = verb.edit(opened, made, amounts, hold=hold)
+    write_coefficients(out, made)
+    typer.echo(f"{out}: {len(made)} people edited: {set_}")
 
 
+command(
+    "read",
+    USE,
+    "w2w read demo people.safetensors --map map.png --shade beard",
+    "w2w read space/ anna.safetensors loras/ --out people.parquet",
+)(people.read)
+command(
+    "blend",
+    USE,
+    "w2w blend demo people.safetensors people.safetensors --rows 0 1 --strip strip.png",
+    "w2w blend space/ anna.safetensors bert.safetensors --method spherical",
+)(people.blend)
+command(
+    "calibrate",
+    USE,
+    "w2w calibrate demo skin --out skin.json",
+    "w2w edit demo people.safetensors --set skin=+0.2 --scale skin.json",
+)(people.calibrate)
 command(
     "invert",
     USE,
@@ -183,39 +243,25 @@ def export(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Write a person as a LoRA for ComfyUI, A1111, sd-scripts, diffusers or PEFT."""
-    folder = format == "peft"
-    if folder:
-        shared.new_folder(out, overwrite, "adapter_config.json")
-    else:
-        shared.new_file(out, overwrite)
-    import tempfile
-
-    from .. import formats
+    shared.new_lora(out, overwrite, format)
     from ..coefficients import read_coefficients
-    from ..files import atomic_dir
 
     opened = shared.open_space(space)
     people = read_coefficients(coefficients, opened.m)
     if row >= len(people):
         raise InputError(f"--row: {coefficients} has rows 0 to {len(people) - 1}, got {row}")
-    c = people[row]
+    pipe = shared.open_pipeline(base, opened, "cpu") if verify else None
     options: dict[str, Any] = {"format": format, "strength": strength}
-    if verify:
-        pipe = shared.open_pipeline(base, opened, "cpu")
-        with tempfile.TemporaryDirectory() as scratch:
-            path = formats.export(opened, c, Path(scratch, out.name), **options)
-            w = opened.reconstruct(c[None])
-            found = formats.verify(path, pipe, w, opened.layout, strength=strength)
-        said = f"{found.max_error:.1e} at most, on outputs up to {found.scale:.2g}"
-        if found.relative > 1e-3:
-            raise InputError(f"--verify: diffusers' output differs by {said}; not written")
-        typer.echo(f"loaded by diffusers, {found.modules} modules: output differs by {said}")
-    if folder:
-        with atomic_dir(out, overwrite=overwrite) as temporary:
-            formats.export(opened, c, temporary, **options)
-    else:
-        formats.export(opened, c, out, **options)
+    shared.write_lora(opened, people[row], out, overwrite, pipe, **options)
     typer.echo(f"{out}: {format} LoRA of person {row}, {len(opened.layout.modules)} modules")
+
+
+command(
+    "slider",
+    FILES,
+    'w2w slider demo beard.safetensors --set "beard=+2,hold=age" --verify',
+    "w2w slider space/ annas-beard.safetensors --set beard=+2 --of anna.safetensors",
+)(people.slider)
 
 
 @command("import", FILES, "w2w import someone.safetensors space/ --out someone-c.safetensors")
@@ -229,15 +275,14 @@ def import_(
     shared.new_file(out, overwrite)
     from .. import formats
     from ..coefficients import write_coefficients
+    from ..whereabouts import outside
 
     read = formats.read_adapter(adapter)
     opened = shared.open_space(space)
     w = formats.for_space(read, opened)
     c = opened.project(w)
     write_coefficients(out, c)
-    # In standardised coordinates, where the components are orthonormal.
-    far = (w - opened.mean) / opened.std.clamp_min(1e-12) * (opened.std > 0)
-    kept = float(c.square().sum() / far.square().sum().clamp_min(1e-30))
+    kept = 1 - float(outside(opened, w, c))
     n = len(opened.layout.modules)
     typer.echo(f"{out}: {read.format} LoRA, {n}/{n} modules; the space keeps {kept:.1%} of it")
 

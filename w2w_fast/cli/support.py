@@ -363,6 +363,45 @@ def new_file(path: Path, overwrite: bool, suffix: str = ".safetensors") -> Path:
     return writable(path)
 
 
+def new_lora(path: Path, overwrite: bool, format: str) -> Path:
+    """`path`, if a LoRA of that format may be written there: a folder for peft, else a file."""
+    if format == "peft":
+        return new_folder(path, overwrite, "adapter_config.json")
+    return new_file(path, overwrite)
+
+
+def write_lora(
+    whose: WeightSpace | Layout, row: Any, out: Path, overwrite: bool, pipe: Any, **options: Any
+) -> None:
+    """Export c [m] of a space or w [d] of a layout, whole or not at all.
+
+    With a pipe only if diffusers loads it to the same effect. options: of `formats.export`.
+    """
+    import tempfile
+
+    from .. import formats
+    from ..files import atomic_dir
+    from ..layout import Layout
+
+    if pipe is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = formats.export(whose, row, Path(scratch, out.name), **options)
+            layout, w = whose, row
+            if not isinstance(whose, Layout):
+                layout, w = whose.layout, whose.reconstruct(row[None])
+            strength = options.get("strength", 1.0)
+            found = formats.verify(path, pipe, w, layout, strength=strength)
+        said = f"{found.max_error:.1e} at most, on outputs up to {found.scale:.2g}"
+        if found.relative > 1e-3:
+            raise InputError(f"--verify: diffusers' output differs by {said}; not written")
+        typer.echo(f"loaded by diffusers, {found.modules} modules: output differs by {said}")
+    if options["format"] == "peft":
+        with atomic_dir(out, overwrite=overwrite) as temporary:
+            formats.export(whose, row, temporary, **options)
+    else:
+        formats.export(whose, row, out, **options)
+
+
 def new_folder(path: Path, overwrite: bool, mark: str) -> Path:
     """`path`, if it may become a folder: nothing there, or (`overwrite`) one with a file `mark`.
 

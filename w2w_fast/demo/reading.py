@@ -8,7 +8,7 @@ there is a face at all, and an embedding that is the same for all photographs of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..files import read_tensors, write_tensors
 from . import render
 from .steps import fast_autocast, train_steps
@@ -171,3 +172,19 @@ def train_reader(out: Path, steps: int = 900, pairs: int = 48, seed: int = 3) ->
     reader = reader.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     reader.save(out)
     return reader
+
+
+def measure(reader: Reader, name: str) -> Callable[[Sequence], Tensor]:
+    """images -> how much of an attribute each shows [n]: what `verbs.calibrate` measures.
+
+    Log odds, within 6 either way, of an attribute of two values; the number read of any other.
+    """
+    if name not in render.ATTRIBUTES:
+        raise InputError(f"reader: it reads {', '.join(render.ATTRIBUTES)}, not {name!r}")
+    column = render.ATTRIBUTES.index(name)
+
+    def read(images: Sequence) -> Tensor:
+        seen = reader.read(images).attributes[:, column]
+        return seen.logit(eps=1e-9).clamp(-6, 6) if name in render.BINARY else seen
+
+    return read

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import explore
+from ..attributes import check_known
 from ..errors import InputError
 from ..ops import edit as move
 from ..space import WeightSpace
@@ -30,6 +32,7 @@ def edit(
     """Edited coefficients [k, m]: `edit(space, people, age=+1.5, hold="glasses")`.
 
     amounts, or keywords: attribute -> amount in population standard deviations, a number or [k].
+        Beside the space's attributes "pc1", "pc2", ..., "ica1", ... may be named: see ``explore``.
     hold: attributes whose linear reading must not change.
     Raises InputError for an attribute the space has no direction for.
     """
@@ -52,16 +55,21 @@ def edit(
 def direction(space: WeightSpace, name: str, hold: Sequence[str] = ()) -> Tensor:
     """The direction [m] of an attribute, one population standard deviation long.
 
-    With `hold`, the direction of S C (C^T S C)^-1 that changes the linear reading of `name` and of
-    no held attribute; S is the covariance of the coefficients, C the linear readers.
+    name: also "pc1", "ica1", ...: see ``explore``. With `hold`, the direction of
+    S C (C^T S C)^-1 that changes the linear reading of `name` and of no held attribute; S is the
+    covariance of the coefficients, C the linear readers.
     """
-    rows = [_index(space, attribute) for attribute in (name, *hold)]
-    if not hold:
-        return space.directions[rows[0]]
-    if space.classifiers is None:
+    own = not explore.is_exploratory(space, name)
+    for attribute in (*([name] if own else []), *hold):
+        _check(space, attribute)
+    if own and not hold:
+        return space.directions[space.attributes.index(name)]
+    if space.classifiers is None and (own or hold):
         raise InputError("hold: this space has no linear readers; fit its directions here first")
+    first = space.classifiers[space.attributes.index(name)] if own else explore.reader(space, name)
+    held = [space.classifiers[space.attributes.index(attribute)] for attribute in hold]
     S = space.covariance()
-    C = space.classifiers[rows].double().T
+    C = torch.stack([row.double() for row in (first, *held)], dim=1)
     V = S @ C
     gram = C.T @ V
     scale = gram.diagonal().clamp_min(1e-300).rsqrt()
@@ -72,13 +80,10 @@ def direction(space: WeightSpace, name: str, hold: Sequence[str] = ()) -> Tensor
     return (u * (u @ S @ u).sqrt()).float()
 
 
-def _index(space: WeightSpace, name: str) -> int:
+def _check(space: WeightSpace, name: str) -> None:
     if space.directions is None:
         raise InputError("space: has no directions; fit it with a table of labels first")
-    if name not in space.attributes:
-        known = ", ".join(space.attributes)
-        raise InputError(f"attribute: {name!r} is not in this space; it has {known}")
-    return space.attributes.index(name)
+    check_known(space, name)
 
 
 def parse_amounts(text: str) -> tuple[dict[str, float], list[str]]:
@@ -91,11 +96,11 @@ def parse_amounts(text: str) -> tuple[dict[str, float], list[str]]:
             hold.append(value)
             continue
         if name in amounts:
-            raise InputError(f"edit: {name} is given twice")
+            raise InputError(f"{name} is given twice")
         try:
             amounts[name] = float(value)
         except ValueError:
             amounts[name] = math.nan
         if not equals or not math.isfinite(amounts[name]):
-            raise InputError(f"edit: {part!r}: wanted attribute=number, as in beard=+1.5")
+            raise InputError(f"{part!r}: wanted attribute=number, as in beard=+1.5")
     return amounts, hold

@@ -1,8 +1,7 @@
 """What `invert` found, told: a page, its pictures, and the same as JSON.
 
-Two questions about each person: is it one that the population could hold, and is it more than a
-copy of somebody in it? Coefficients are whitened first, z = (c - mu) / sigma, so that |z| is the
-Mahalanobis distance from the mean. Copies are judged by angles, since the prior shortens z.
+Two questions about each person, see `whereabouts`: is it one that the population could hold, and is
+it more than a copy of somebody in it?
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ from ..files import atomic_dir, write_json
 from ..pictures import contact_sheet, curve
 from ..sources import Subject
 from ..space import WeightSpace
+from ..whereabouts import whereabouts
 from .generate import generate
 
 _PICTURES = 2  # generated of each person
-_NEAREST = 5
-_SAMPLE = 1000  # people of the population whose own nearest is looked for
 
 
 def write_report(
@@ -58,48 +56,6 @@ def write_report(
         write_json(temporary / "report.json", {"people": told})
         page = _PAGE.format(body="\n".join(sections), n=space.n, m=space.m)
         (temporary / "report.html").write_text(page, encoding="utf-8")
-
-
-def whereabouts(space: WeightSpace, c: Tensor) -> list[dict[str, Any]]:
-    """Where people c [k, m] lie in the population of the space: for each of them
-
-    distance: Mahalanobis, from the mean; rms: the same over sqrt(m), sd a component;
-    and where the space holds its people's coefficients
-    farther: the share of the population that lies farther out, 0 for whom none does;
-    nearest: (name, cosine) of the five at the smallest angles;
-    closer: the share of the population's people whose own nearest is closer than this person's;
-    copy: whether that is under 1%.
-    """
-    z = _whitened(space, c)
-    distance = z.norm(dim=1)
-    told: list[dict[str, Any]] = [
-        {"distance": d, "rms": d / space.m**0.5} for d in distance.tolist()
-    ]
-    if space.n < 2:
-        return told
-    population = _whitened(space, space.coefficients)
-    far = population.norm(dim=1)
-    unit = torch.nn.functional.normalize(population)
-    sample = torch.linspace(0, space.n - 1, min(space.n, _SAMPLE)).long().to(unit.device)
-    between = unit[sample] @ unit.T
-    between[torch.arange(len(sample), device=sample.device), sample] = -1
-    closest = between.amax(1)
-    likeness = torch.nn.functional.normalize(z) @ unit.T
-    best, who = likeness.topk(min(_NEAREST, space.n))
-    names = space.names or [f"row {i}" for i in range(space.n)]
-    for i, about in enumerate(told):
-        closer = float((closest > best[i, 0]).float().mean())
-        about["farther"] = float((far > distance[i]).float().mean())
-        about["nearest"] = [
-            (names[j], cosine) for j, cosine in zip(who[i].tolist(), best[i].tolist(), strict=True)
-        ]
-        about |= {"closer": closer, "copy": closer < 0.01}
-    return told
-
-
-def _whitened(space: WeightSpace, c: Tensor) -> Tensor:
-    z = (c.to(space.mu) - space.mu) / space.sigma.clamp_min(1e-12)
-    return torch.where(space.sigma > 0, z, 0)
 
 
 def _sheet(person: Subject, made: Sequence[Image.Image]) -> Image.Image:
