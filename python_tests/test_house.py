@@ -34,7 +34,7 @@ LAYERS = [
     {"space"},
     {"attach"},
     {"attributes", "coefficients", "denoise", "explore", "pictures", "whereabouts"},
-    {"formats", "gallery", "sources", "studio"},
+    {"formats", "gallery", "sources", "prepared"},
     {"encoding", "recipe"},
     {"training"},
     {"inversion", "memory"},

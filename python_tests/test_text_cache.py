@@ -8,7 +8,7 @@ from tiny_world import make_pipe, make_space
 from torch import nn
 from unet_inputs import adapters, inputs, state_hash
 
-from w2w_fast import InputError, Layout, attach, edit, generate, sample, studio
+from w2w_fast import InputError, Layout, attach, edit, generate, prepared, sample
 
 ALL = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -223,9 +223,9 @@ def test_generate_with_a_delayed_edit(tmp_path, monkeypatch, computed, identity_
     edited = edit(space, people, beard=6.0)
     got = generate(space, pipe, edited, prompts, **options)
     few = len([m for m in computed if m in text_linears(pipe.unet)])
-    real = studio.attach
+    real = prepared.attach
     monkeypatch.setattr(
-        studio, "attach", lambda *args, **kwargs: real(*args, **{**kwargs, "cache_text": False})
+        prepared, "attach", lambda *args, **kwargs: real(*args, **{**kwargs, "cache_text": False})
     )
     computed.clear()
     want = generate(space, pipe, edited, prompts, **options)

@@ -20,7 +20,7 @@ from tiny_world import SIZE, as_array, distance, make_space, tree
 
 from w2w_fast import InputError, edit, gallery, generate, generate_to, read_coefficients, sample
 from w2w_fast.gallery import Draft, open_gallery
-from w2w_fast.studio import Studio
+from w2w_fast.prepared import Prepared
 from w2w_fast.verbs import generate_to as verb
 from w2w_fast.verbs.generate import named_scheduler
 
@@ -109,7 +109,7 @@ def killing(monkeypatch, owner, name, after):
 
 
 AT = [
-    (Studio, "make", 0), (Studio, "make", 1), (Studio, "make", 2), (gallery, "encode", 0),
+    (Prepared, "make", 0), (Prepared, "make", 1), (Prepared, "make", 2), (gallery, "encode", 0),
     (gallery, "encode", 6), (gallery, "strip", 1), (gallery, "write_json", 2), (Draft, "finish", 0),
     (gallery, "contact_sheet", 0), (Draft, "_write_table", 0), (gallery, "write_manifest", 0),
 ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
         open_gallery(folder)
     marks = len(list(folder.glob(".done-*")))
     with monkeypatch.context() as patch:
-        calls = killing(patch, Studio, "make", -1)
+        calls = killing(patch, Prepared, "make", -1)
         generate_to(space, pipe, people, folder, **options)
     assert tree(folder) == want
     assert len(calls) == 3 - marks  # nothing that was written is made again
@@ -215,20 +215,20 @@ def test_a_piece_is_held_until_it_is_written(space, pipe, people, tmp_path, monk
 def test_no_more_than_two_batches_are_in_memory(space, pipe, people, tmp_path, monkeypatch):
     """One is denoised while the one before is written."""
     lock, alive, most = threading.Lock(), [0], [0]
-    write, make = Draft.write, Studio.make
+    write, make = Draft.write, Prepared.make
 
-    def made(self, sitters):
+    def made(self, requests):
         with lock:
             alive[0] += 1
             most[0] = max(most[0], alive[0])
-        return make(self, sitters)
+        return make(self, requests)
 
     def wrote(self, piece, images):
         write(self, piece, images)
         with lock:
             alive[0] -= 1
 
-    monkeypatch.setattr(Studio, "make", made)
+    monkeypatch.setattr(Prepared, "make", made)
     monkeypatch.setattr(Draft, "write", wrote)
     generate_to(space, pipe, people, tmp_path / "job", **{**OPTIONS, "batch": 1})
     assert alive == [0] and most[0] <= 2

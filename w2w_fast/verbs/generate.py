@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ..denoise import check_prompts, check_seed, warn_of_prompts
 from ..errors import InputError
 from ..memory import fitting, peak_of
+from ..prepared import Prepared, Requests
 from ..space import WeightSpace
-from ..studio import Sitters, Studio
 
 
 def generate(
@@ -64,21 +64,21 @@ def generate(
 
     Raises InputError for shapes and numbers that do not fit.
     """
-    sitters = checked_sitters(space, coefficients, prompts, seeds, strength, before, start)
+    requests = checked_requests(space, coefficients, prompts, seeds, strength, before, start)
     check_numbers(steps, guidance, batch)
-    warn_of_prompts(space.meta.get("prompt"), sitters.prompts)
-    k = len(sitters)
+    warn_of_prompts(space.meta.get("prompt"), requests.prompts)
+    k = len(requests)
     options = {
         "steps": steps, "guidance": guidance, "identity_guidance": identity_guidance,
         "scheduler": scheduler, "tiling": tiling, **pipe_options,
     }  # fmt: skip
     if memory is not None and k:
-        batch = fitting_batch(space, pipe, sitters.take([0]), memory, k, **options)
+        batch = fitting_batch(space, pipe, requests.take([0]), memory, k, **options)
     images: list = []
     bar = tqdm(total=k, unit="image", desc="generate", disable=not progress)
-    with bar, Studio(space, pipe, compile=compile and min(batch, k), **options) as studio:
+    with bar, Prepared(space, pipe, compile=compile and min(batch, k), **options) as prepared:
         for first in range(0, k, batch):
-            made = studio.make(sitters.take(list(range(first, min(first + batch, k)))))
+            made = prepared.make(requests.take(list(range(first, min(first + batch, k)))))
             images.extend(made)
             bar.update(len(made))
             if callback is not None:
@@ -95,17 +95,17 @@ def check_numbers(steps: int, guidance: float, batch: int) -> None:
 
 
 def fitting_batch(
-    space: WeightSpace, pipe, sitter: Sitters, memory: int, most: int, **options
+    space: WeightSpace, pipe, request: Requests, memory: int, most: int, **options
 ) -> int:
-    """How many pictures fit into `memory` bytes at once, at most `most`, tried on one sitter.
+    """How many pictures fit into `memory` bytes at once, at most `most`, tried on one request.
 
-    options: `Studio`'s. InputError where not even one fits.
+    options: `Prepared`'s. InputError where not even one fits.
     """
     options["steps"] = min(options["steps"], 2)  # the second finds what the first has kept
 
     def trial(k: int) -> None:
-        with Studio(space, pipe, **options) as studio:
-            studio.make(sitter.take([0] * k))
+        with Prepared(space, pipe, **options) as prepared:
+            prepared.make(request.take([0] * k))
 
     return fitting(
         lambda k: peak_of(pipe, lambda: trial(k)), memory, "picture",
@@ -113,7 +113,7 @@ def fitting_batch(
     )  # fmt: skip
 
 
-def checked_sitters(
+def checked_requests(
     space: WeightSpace,
     coefficients: Tensor,
     prompts: str | Sequence[str],
@@ -121,7 +121,7 @@ def checked_sitters(
     strength: float | Tensor,
     before: Tensor | None,
     start: float | Sequence[float] | Tensor,
-) -> Sitters:
+) -> Requests:
     """What `generate` was asked, a value an image; InputError for what does not fit."""
     k = len(coefficients)
     prompts = [prompts] * k if isinstance(prompts, str) else list(prompts)
@@ -144,7 +144,7 @@ def checked_sitters(
         if c is not None and not c.isfinite().all():
             raise InputError(f"{name}: holds NaN or infinite numbers")
     before = None if before is None else before.to(coefficients)
-    return Sitters(coefficients, prompts, seeds, strength, before, start)
+    return Requests(coefficients, prompts, seeds, strength, before, start)
 
 
 def _each(name: str, value: float | Sequence[float] | Tensor, k: int) -> Tensor:

@@ -26,9 +26,9 @@ from ..denoise import check_prompts, check_seed, denoiser, warn_of_prompts
 from ..encoding import fingerprint
 from ..errors import InputError
 from ..gallery import Draft, Gallery
+from ..prepared import Prepared, Requests
 from ..sharing import share
 from ..space import WeightSpace
-from ..studio import Sitters, Studio
 from .edit import edit, parse_amounts
 from .generate import check_numbers, fitting_batch
 
@@ -117,10 +117,10 @@ def generate_to(
         who, prompt = i // each, prompts[i % each % len(prompts)]
         return {"row": who, "prompt": prompt, "seed": seed + i, "start": starts[who], **made}
 
-    def sitters(i: range) -> Sitters:
+    def requests(i: range) -> Requests:
         rows = [record(j) for j in i]
         who = [row["row"] for row in rows]
-        return Sitters(
+        return Requests(
             people[who], [row["prompt"] for row in rows], [row["seed"] for row in rows],
             torch.full([len(i)], float(strength)), None if first is None else first[who],
             torch.tensor([row["start"] or 0 for row in rows], dtype=torch.float32),
@@ -132,9 +132,9 @@ def generate_to(
         if memory is not None:
             alone.enter_context(gallery.beginning(out))
             batch = gallery.recorded_batch(out) or fitting_batch(
-                space, pipe, sitters(range(1)), memory, n, **options
+                space, pipe, requests(range(1)), memory, n, **options
             )
-        with Studio(space, pipe, compile=compile and min(batch, n), **options) as studio:
+        with Prepared(space, pipe, compile=compile and min(batch, n), **options) as prepared:
             job = {
                 **made, "start": start, "images": n, "per_identity": each, "prompts": prompts,
                 "seed": seed, "batch": batch, "format": format, "tiling": tiling,
@@ -148,7 +148,7 @@ def generate_to(
                 return gallery.open_gallery(out)
             draft = Draft(out, n, batch, format, record)
             with tqdm(total=n, unit="image", desc="generate", disable=not progress) as bar:
-                _work(draft, lambda i: studio.make(sitters(i)), lambda i: bar.update(len(i)))
+                _work(draft, lambda i: prepared.make(requests(i)), lambda i: bar.update(len(i)))
     draft.finish()
     return gallery.open_gallery(out, verify=False)
 

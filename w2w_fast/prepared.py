@@ -22,7 +22,7 @@ from .space import WeightSpace
 
 
 @dataclass(frozen=True)
-class Sitters:
+class Requests:
     """Who and what is on each of k pictures: coefficients [k, m], a prompt, a seed, a strength [k].
 
     before, start: with a delayed edit, who they are while the timestep is above start [k].
@@ -38,9 +38,9 @@ class Sitters:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def take(self, rows: list[int]) -> Sitters:
+    def take(self, rows: list[int]) -> Requests:
         """Those rows, in that order."""
-        return Sitters(
+        return Requests(
             self.people[rows], [self.prompts[i] for i in rows], [self.seeds[i] for i in rows],
             self.strength[rows], None if self.before is None else self.before[rows],
             self.start[rows],
@@ -54,8 +54,8 @@ class Sitters:
         return torch.where(edited[:, None], self.people, self.before)
 
 
-class Studio:
-    """`make` pictures inside it: `with Studio(space, pipe, ...) as studio`.
+class Prepared:
+    """`make` pictures inside it: `with Prepared(space, pipe, ...) as prepared`.
 
     steps, guidance, identity_guidance, scheduler, pipe_options: as of `generate`.
     tiling: the VAE decodes picture by picture, a large one in tiles that overlap.
@@ -87,7 +87,7 @@ class Studio:
         self.tiling = _tiled(pipe.vae) if tiling else nullcontext()
         self._held = ExitStack()
 
-    def __enter__(self) -> Studio:
+    def __enter__(self) -> Prepared:
         pipe, own = self.pipe, self.pipe.scheduler
         shown = getattr(pipe, "_progress_bar_config", {})
         with ExitStack() as held:
@@ -108,30 +108,30 @@ class Studio:
         self._held.__exit__(*error)
 
     @torch.no_grad()
-    def make(self, sitters: Sitters) -> list:
+    def make(self, requests: Requests) -> list:
         """A PIL image of each, in one batch."""
-        wanted, live, first_t, delayed = len(sitters), self.live, math.inf, {}
+        wanted, live, first_t, delayed = len(requests), self.live, math.inf, {}
         if wanted < self.compile:  # the graph is of one size
-            sitters = sitters.take([min(i, wanted - 1) for i in range(self.compile)])
-        if sitters.before is not None:
+            requests = requests.take([min(i, wanted - 1) for i in range(self.compile)])
+        if requests.before is not None:
             self.pipe.scheduler.set_timesteps(self.options["num_inference_steps"])
             first_t = float(self.pipe.scheduler.timesteps[0])
-            delayed = {"callback_on_step_end": self._at_step(sitters)}
+            delayed = {"callback_on_step_end": self._at_step(requests)}
         live.strength = 1.0
-        live.identities = sitters.at(first_t)
-        live.strength = sitters.strength
-        generators = [torch.Generator().manual_seed(seed) for seed in sitters.seeds]
+        live.identities = requests.at(first_t)
+        live.strength = requests.strength
+        generators = [torch.Generator().manual_seed(seed) for seed in requests.seeds]
         with _told() if self.compile else nullcontext():
             images = self.pipe(
-                sitters.prompts, generator=generators, **delayed, **self.options
+                requests.prompts, generator=generators, **delayed, **self.options
             ).images
         return images[:wanted]
 
-    def _at_step(self, sitters: Sitters):
+    def _at_step(self, requests: Requests):
         def at_step(pipe, i, t, tensors):
             # Called after step i: what it sets is in force from the next timestep on.
             for later in pipe.scheduler.timesteps[i + 1 : i + 2].tolist():
-                people = sitters.at(later)
+                people = requests.at(later)
                 if not torch.equal(people, self.live.identities):
                     self.live.identities = people
             return tensors

@@ -16,9 +16,9 @@ from tiny_world import SIZE, distance
 from w2w_fast import InputError, edit, generate, generate_to, sample
 from w2w_fast.gallery import open_gallery
 from w2w_fast.memory import peak_of
-from w2w_fast.studio import Studio
+from w2w_fast.prepared import Prepared
 from w2w_fast.verbs import generate_to as verb
-from w2w_fast.verbs.generate import checked_sitters, fitting_batch
+from w2w_fast.verbs.generate import checked_requests, fitting_batch
 
 OPTIONS = {"steps": 4, "guidance": 2.0, "progress": False}
 JOB = {
@@ -39,23 +39,23 @@ def five(space):
 
 def batches_of(monkeypatch):
     """How many pictures each batch had, from now on."""
-    sizes, make = [], Studio.make
+    sizes, make = [], Prepared.make
 
-    def made(self, sitters):
-        sizes.append(len(sitters))
-        return make(self, sitters)
+    def made(self, requests):
+        sizes.append(len(requests))
+        return make(self, requests)
 
-    monkeypatch.setattr(Studio, "make", made)
+    monkeypatch.setattr(Prepared, "make", made)
     return sizes
 
 
 def test_the_batch_fits_itself_to_memory(space, pipe, people, monkeypatch):
-    sitter = checked_sitters(space, people[:1], "sks person", 0, 1.0, None, 0)
+    request = checked_requests(space, people[:1], "sks person", 0, 1.0, None, 0)
     options = {"steps": 4, "guidance": 2.0}
 
     def peak(k):
-        with Studio(space, pipe, **options) as studio:
-            return peak_of(pipe, lambda: studio.make(sitter.take([0] * k)))
+        with Prepared(space, pipe, **options) as prepared:
+            return peak_of(pipe, lambda: prepared.make(request.take([0] * k)))
 
     one, two, five = peak(1), peak(2), peak(5)
     weights = sum(
@@ -64,10 +64,10 @@ def test_the_batch_fits_itself_to_memory(space, pipe, people, monkeypatch):
     assert weights < one < two and abs(five - one - 4 * (two - one)) < 0.1 * (five - one)
     for wanted in (1, 5):
         room = int(one + (wanted - 0.5) * (two - one))
-        assert fitting_batch(space, pipe, sitter, room, 100, **options) == wanted
-    assert fitting_batch(space, pipe, sitter, room, 2, **options) == 2
+        assert fitting_batch(space, pipe, request, room, 100, **options) == wanted
+    assert fitting_batch(space, pipe, request, room, 2, **options) == 2
     with pytest.raises(InputError, match="one picture needs"):
-        fitting_batch(space, pipe, sitter, one - 1, 100, **options)
+        fitting_batch(space, pipe, request, one - 1, 100, **options)
     sizes = batches_of(monkeypatch)
     got = generate(space, pipe, people, memory=int(one + 1.5 * (two - one)), **OPTIONS)
     assert sizes == [1, 2, 2, 1]  # two to try, then all three
@@ -104,7 +104,7 @@ def test_tiling_needs_less_memory(space, pipe):
 
     @torch.no_grad()
     def peak(**options):
-        with Studio(space, pipe, steps=1, guidance=2.0, **options):
+        with Prepared(space, pipe, steps=1, guidance=2.0, **options):
             return peak_of(pipe, lambda: pipe.vae.decode(latents))
 
     assert peak(tiling=True) < 0.7 * peak()
