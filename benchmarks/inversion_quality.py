@@ -37,7 +37,7 @@ from w2w_fast.verbs.invert import PAPER, invert
 
 FORMAT, VERSION = "w2w_fast.benchmark.inversion", 1
 PEOPLE, IMAGES, RESAMPLES = 64, 2, 10_000
-EACH = 6
+EACH = 16
 """Pictures of each odd kind, of the first of the same people."""
 
 Measures = dict[str, Tensor]  # a number for each person
@@ -50,7 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each way of inverting sets besides the space's own settings."""
 ODD = ("drawn", "recoloured", "occluded", "real")
-LIKE = "70 steps"
+LIKE = "together"
 """The arm whose settings the odd kinds are inverted with, and whose people are their twins."""
 
 

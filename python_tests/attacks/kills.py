@@ -201,7 +201,7 @@ def main() -> int:
         todo = dict([long_job(args.people)]) if long else jobs(root, prior=1.0)
         for job, work in todo.items():
             folder = Path(tempfile.mkdtemp(dir=root))
-            longest = 2 / args.kills if long else 1.1  # one job holds all the kills
+            longest = 1.2 / args.kills if long else 1.1  # one job holds all the kills
             logs.append(campaign(job, work, folder, args.kills, args.seed, longest))
             log = asdict(logs[-1])
             print({name: value for name, value in log.items() if name != "alive"})

@@ -222,7 +222,8 @@ def calibrate(
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Yours: PIL images to numbers. [default, for the demo world: its judge]",
+            help="Yours: PIL images to numbers.",
+            show_default="for the demo world, its judge",
         ),
     ] = None,
     prompt: opt.MaybePrompt = None,
@@ -279,7 +280,9 @@ def slider(
     ],
     of: Annotated[
         Path | None,
-        typer.Option(help="One person's, exactly: coefficients or a LoRA. [default: anybody's]"),
+        typer.Option(
+            help="One person's, exactly: coefficients or a LoRA.", show_default="anybody's"
+        ),
     ] = None,
     row: Annotated[int, typer.Option(min=0, help="Which person of that file.")] = 0,
     format: Annotated[str, typer.Option(metavar="kohya|diffusers|peft")] = "kohya",
