@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that say how they were made, strips, contact sheets, plots."""
+"""Pictures as tensors and files: PNGs that say how they were made, contact sheets, plots."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 _MARGIN = 4
 _LABEL = 14
 _LABELLED = 30  # points of a map, at most
+
+
+def stack(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size as uint8 [n, 3, h, w]."""
+    rows = []
+    for image in images:
+        data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        rows.append(data.view(image.height, image.width, 3).permute(2, 0, 1))
+    return torch.stack(rows)
 
 
 def contact_sheet(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import read_tensors, write_tensors
+from ..pictures import stack
 from . import render
 from .steps import fast_autocast, train_steps
 
@@ -99,15 +100,6 @@ class Reader(nn.Module):
         tensors, _ = read_tensors(path)
         reader.load_state_dict({name: value.float() for name, value in tensors.items()})
         return reader
-
-
-def stack(images: Sequence) -> Tensor:
-    """PIL images of one size as uint8 [n, 3, h, w]."""
-    rows = []
-    for image in images:
-        data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        rows.append(data.view(image.height, image.width, 3).permute(2, 0, 1))
-    return torch.stack(rows)
 
 
 def _disturb(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..files import read_json, write_json
 from ..layout import Layout
+from ..pictures import stack
 from ..sources import Subject
 from ..space import WeightSpace
 from ..training import Recipe, train
@@ -24,7 +25,7 @@ from ..verbs.generate import generate
 from ..verbs.invert import invert
 from ..verbs.sample import sample
 from . import pipeline, render
-from .reading import Reader, Reading, stack
+from .reading import Reader, Reading
 
 NB = len(render.BINARY)
 STRENGTHS = (2.0, 3.0, 4.0, 5.0, 6.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attach import attach
 from ..denoise import denoiser, device_of
 from ..errors import InputError
-from ..pictures import contact_sheet
+from ..pictures import contact_sheet, stack
 from ..space import WeightSpace
 
 BATCH = 64
@@ -181,20 +181,11 @@ def draw(
                 guidance_scale=own["guidance"],
                 generator=[torch.Generator().manual_seed(int(seeds[i])) for i in rows],
             ).images
-    return pixels(made)
+    return stack(made)
 
 
 def _states(pipe: Any, texts: list[str]) -> Tensor:
     return pipe.encode_prompt(texts, device_of(pipe), 1, False)[0].to(denoiser(pipe).dtype)
-
-
-def pixels(images: Sequence[Any]) -> Tensor:
-    """PIL images of one size as uint8 [n, 3, h, w]."""
-    rows = []
-    for image in images:
-        data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        rows.append(data.view(image.height, image.width, 3).permute(2, 0, 1))
-    return torch.stack(rows)
 
 
 def picture(images: Tensor, columns: int, labels: Sequence[str] | None = None) -> Image.Image:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from ..pictures import stack
 from ..verbs.edit import direction
 from ..verbs.generate import generate
 from . import told
 from .edits import compare
-from .study import Study, draw, pixels
+from .study import Study, draw
 
 TITLE = "Identity guidance, and edits that set in late"
 GUIDANCE = (1.0, 2.0, 3.0, 5.0)
@@ -88,7 +89,7 @@ def _late(study: Study) -> tuple[dict[str, Any], dict[str, list[tuple[float, flo
                 space, study.pipe, edited, texts, seeds=seeds, before=c, start=start,
                 progress=False, **study.settings,
             )  # fmt: skip
-            after = study.judge.read(pixels(made))
+            after = study.judge.read(stack(made))
             change = (after.attributes - before.attributes)[:, column].abs()
             gains[i] += change.mean()
             distances[i] += compare(before, after, [])["distance"].mean()
