@@ -57,6 +57,18 @@ SEEN = {
 }
 """What the pictures of a space, by its key, look like to a person."""
 
+SEEN_ODD = {
+    "c3897f2c16afc180": (
+        "Looked at: who is half covered comes back as a person, and what the block hid is guessed, "
+        "often wrongly (grey skin, a lost beard). Drawn, recoloured and real pictures mostly do "
+        "not: 400 steps under so weak a prior follow ink and colours out of the population, to "
+        "coefficients that draw no whole face. So the paper's finding, that such pictures land "
+        "among the population, is **not** shown at these settings; fewer steps or a larger "
+        "`--prior` keep an answer nearer to people, and were not measured here.\n"
+    )
+}
+"""The same of the other kinds."""
+
 _MEASURES = {
     "attributes": ("attributes", ".1%"),
     "continuous": ("error", ".3f"),
@@ -111,6 +123,7 @@ def page(found: Run | None, sheets: bool = True) -> str:
     parts += [_distances(found), _odd(found)]
     if sheets and found["odd"]:
         parts.append("![pictures of other kinds, and who was found](invert-odd.png)\n")
+        parts.append(SEEN_ODD.get(found["space"], ""))
     return "\n".join(parts)
 
 

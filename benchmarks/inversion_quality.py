@@ -278,8 +278,10 @@ def sheets(docs: Path, photos: Tensor, made: dict[str, Tensor]) -> None:
     if "odd" in made:
         before, after = odd_photos()[0].split(EACH), made["odd"][::IMAGES].split(EACH)
         rows = []
-        for kind, photo, found in zip(ODD, before, after, strict=True):
+        for kind, photo, found in zip(ODD[:-1], before, after, strict=False):
             rows += [(kind, photo[:8]), ("found", found[:8])]
+        # Of the real ones the portrait alone: it was published to be shown, the faces were not.
+        rows += [(ODD[-1], before[-1][:1]), ("found", after[-1][:1])]
         sheet(rows, "invert-odd.png")
 
 
