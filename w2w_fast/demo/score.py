@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..evaluate import study
 from ..files import read_json, write_json
-from ..layout import Layout
 from ..pictures import stack
 from ..sources import Subject
 from ..space import WeightSpace
@@ -164,21 +164,8 @@ def score_inversion(space, pipe, reader, training_pipe, n: int = 64, images: int
 
 def adapter_pictures(space: WeightSpace, pipe, w: Tensor, texts: list[str], seed: int) -> Tensor:
     """As `pictures`, for adapters [k, d] that are no points of the space."""
-    from ..attach import attach
-
-    settings = space.meta["generate"]
-    made = []
-    layout: Layout = space.layout
-    with torch.no_grad(), attach(pipe, layout, identity_guidance=True) as live:
-        for part in torch.arange(len(w)).split(64):
-            live.adapters = w[part]
-            made += pipe(
-                [texts[i] for i in part],
-                num_inference_steps=settings["steps"],
-                guidance_scale=settings["guidance"],
-                generator=[torch.Generator().manual_seed(seed + int(i)) for i in part],
-            ).images
-    return stack(made)
+    settings = {**space.meta["generate"], "identity_guidance": True}
+    return study.pictures(space, pipe, settings, w, texts, range(seed, seed + len(w)))
 
 
 def score_sampled(space, pipe, reader, n: int = 24, images: int = 3) -> dict:

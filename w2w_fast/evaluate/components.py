@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..readers import fit_readers
 from ..verbs.edit import direction
-from ..verbs.invert import invert
+from ..whereabouts import whitened
 from . import told
 from .edits import compare
-from .inversion import mean_identity
+from .inversion import find, mean_identity
 from .study import Study, draw
 
 TITLE = "How many components and models"
@@ -53,10 +53,11 @@ def run(study: Study) -> dict[str, Any]:
 
 def _components(study: Study) -> tuple[dict[int, Any], dict[int, Any], list[list[object]]]:
     size = study.size
-    order = torch.randperm(study.space.n, generator=study.generator(700))[: size.people]
+    order = study.some_people(700)
     counts = [m for m in COUNTS if m < study.space.m] + [study.space.m]
     texts, seeds = study.texts(len(order), 701), list(range(50_000, 50_000 + len(order)))
     people = None if study.held_out is None else study.held_out(max(3, size.inverted // 2), 702)
+    known = None if people is None else mean_identity(study.judge, people.others)
     edited, found, shown = {}, {}, []
     for m in counts:
         space = study.space.cut(m)
@@ -77,17 +78,13 @@ def _components(study: Study) -> tuple[dict[int, Any], dict[int, Any], list[list
         edited[m] = dict(zip(("gain", "identity", "leak"), (x._asdict() for x in at), strict=True))
         cells: list[object] = [None, None]
         if people is not None:
-            inverted = invert(
-                space, study.pipe, people.photos[:, 0], masks=people.masks[:, 0], prompt=study.who,
-                progress=False, **{**study.inversion, "steps": size.steps},
-            )  # fmt: skip
+            inverted = find(study, people.photos[:, 0], people.masks[:, 0], space)
             k = len(inverted)
             sight = study.judge.read(
                 draw(mine, inverted, study.texts(k, 703), list(range(51_000, 51_000 + k)))
             )
-            known = mean_identity(study.judge, people.others)
             identity = told.figure((sight.identity * known).sum(1))
-            z = (inverted - space.mu) / space.sigma.clamp_min(1e-12)
+            z = whitened(space, inverted)
             found[m] = {"identity": identity._asdict(), "rms": float(z.square().mean().sqrt())}
             cells = [identity, found[m]["rms"]]
         shown.append([m, *at, *cells])

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..linear import ridge
 from ..sources import Subject
+from ..space import WeightSpace
 from ..training import Recipe, train
 from ..verbs.invert import invert
+from ..whereabouts import whitened
 from . import told
 from .study import HeldOut, Judge, Study, draw, picture
 
@@ -29,7 +31,7 @@ def run(study: Study) -> dict[str, Any]:
     known = _known(study, people)
     ways, seconds = {}, {}
     for name, make in (
-        ("w2w, one photo", lambda: _w2w(study, people)),
+        ("w2w, one photo", lambda: find(study, people.photos[:, 0], people.masks[:, 0])),
         ("adapter, many photos", lambda: _adapter(study, people, size.photos)),
         ("adapter, one photo", lambda: _adapter(study, people, 1)),
         ("regression from the photo", lambda: _regression(study, people)),
@@ -53,7 +55,7 @@ def run(study: Study) -> dict[str, Any]:
     )
     some = torch.stack([images[:6] for images in shown.values()], 1)
     sheet = picture(some.flatten(0, 1), len(shown), list(shown) * len(some))
-    z = (ways["w2w, one photo"] - space.mu) / space.sigma.clamp_min(1e-12)
+    z = whitened(space, ways["w2w, one photo"])
     figures["rms_of_whitened_coefficients"] = float(z.square().mean().sqrt())
     return told.section(
         figures,
@@ -112,12 +114,13 @@ def _judged(
     }, made[::images]
 
 
-def _w2w(study: Study, people: HeldOut) -> Tensor:
+def find(study: Study, photos: Tensor, masks: Tensor, space: WeightSpace | None = None) -> Tensor:
+    """Coefficients of those on photos [n, 3, h, w], one each, in the study's space or another."""
     settings = {**study.inversion, "steps": study.size.steps}
+    space = study.space if space is None else space
     return invert(
-        study.space, study.pipe, people.photos[:, 0], masks=people.masks[:, 0], prompt=study.who,
-        progress=False, **settings,
-    )  # fmt: skip
+        space, study.pipe, photos, masks=masks, prompt=study.who, progress=False, **settings
+    )
 
 
 def _adapter(study: Study, people: HeldOut, photos: int) -> Tensor:

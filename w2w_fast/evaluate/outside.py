@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..verbs.invert import invert
+from ..whereabouts import whitened
 from . import told
+from .inversion import find
 from .study import Study, draw
 
 TITLE = "Pictures from outside"
@@ -21,19 +22,16 @@ def run(study: Study) -> dict[str, Any]:
     n = len(people.labels)
     photos, masks = people.photos[:, 0], people.masks[:, 0]
     kinds = {"as it is": photos, **{name: make(photos) for name, make in KINDS.items()}}
-    settings = {**study.inversion, "steps": study.size.steps}
-    found = invert(
-        space, study.pipe, torch.cat(list(kinds.values())), masks=masks.repeat(len(kinds), 1, 1, 1),
-        prompt=study.who, progress=False, **settings,
-    ).split(n)  # fmt: skip
-    population = ((space.coefficients - space.mu) / space.sigma.clamp_min(1e-12)).norm(dim=1)
+    every = torch.cat(list(kinds.values()))
+    found = find(study, every, masks.repeat(len(kinds), 1, 1, 1)).split(n)
+    population = whitened(space, space.coefficients).norm(dim=1)
     farthest = float(population.quantile(0.99))
     columns = [study.column(name) for name in study.binary]
     truth = people.labels[:, columns] > 0.5
     texts, seeds = study.texts(n, 601), list(range(41_000, 41_000 + n))
     figures, rows = {"population_99": farthest}, []
     for name, c in zip(kinds, found, strict=True):
-        far = told.figure(((c - space.mu) / space.sigma.clamp_min(1e-12)).norm(dim=1))
+        far = told.figure(whitened(space, c).norm(dim=1))
         sight = study.judge.read(draw(study, c, texts, seeds))
         right = told.figure(((sight.attributes[:, columns] > 0.5) == truth).float().mean(1))
         figures[name] = {"distance": far._asdict(), "right": right._asdict(),

@@ -48,14 +48,9 @@ def run(study: Study) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _people(study: Study, seed: int) -> Tensor:
-    order = torch.randperm(study.space.n, generator=study.generator(seed))
-    return study.space.coefficients[order[: study.size.people]]
-
-
 def _persistence(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
     images = max(2, study.size.images)
-    c = _people(study, 400)
+    c = study.space.coefficients[study.some_people(400)]
     rows = torch.arange(len(c)).repeat_interleave(images)
     texts, seeds = study.texts(len(rows), 401), list(range(30_000, 30_000 + len(rows)))
     before = study.judge.read(draw(study, c[rows], texts, seeds))
@@ -74,7 +69,7 @@ def _persistence(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
 
 
 def _composition(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
-    c = _people(study, 410)
+    c = study.space.coefficients[study.some_people(410)]
     texts, seeds = study.texts(len(c), 411), list(range(31_000, 31_000 + len(c)))
     names = study.binary
     columns = [study.column(name) for name in names]
@@ -108,7 +103,7 @@ def _composition(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
 def _continuity(
     study: Study,
 ) -> tuple[dict[str, float], list[list[object]], dict[str, list[tuple[float, float]]]]:
-    c = _people(study, 420)
+    c = study.space.coefficients[study.some_people(420)]
     texts, seeds = study.texts(len(c), 421), list(range(32_000, 32_000 + len(c)))
     smooth, lines = {}, {}
     for name in study.binary:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from ..verbs.sample import sample
+from ..whereabouts import whitened
 from . import told
 from .study import Study, draw, picture
 
@@ -18,11 +19,11 @@ TITLE = "People who do not exist"
 def run(study: Study) -> dict[str, Any]:
     space, size = study.space, study.size
     n, images = 2 * size.people, max(2, size.images)
-    z = (space.coefficients - space.mu) / space.sigma.clamp_min(1e-12)
+    z = whitened(space, space.coefficients)
     normal = torch.tensor([stats.kstest(column.numpy(), "norm").pvalue for column in z.T])
     c = sample(space, n, seed=study.seed + 100)
 
-    unit, new = F.normalize(z), F.normalize((c - space.mu) / space.sigma.clamp_min(1e-12))
+    unit, new = F.normalize(z), F.normalize(whitened(space, c))
     among = (unit @ unit.T).fill_diagonal_(-1).amax(1)
     nearest = (new @ unit.T).amax(1)
     copies = (nearest[:, None] > among[None]).float().mean(1) > 0.99

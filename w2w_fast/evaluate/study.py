@@ -150,6 +150,10 @@ class Study:
         """Random numbers of one purpose: `seed` names it, the study's own seed moves all."""
         return torch.Generator().manual_seed(1_000_003 * self.seed + seed)
 
+    def some_people(self, seed: int) -> Tensor:
+        """Rows of the population, as many people as the size wants, drawn by `seed`."""
+        return torch.randperm(self.space.n, generator=self.generator(seed))[: self.size.people]
+
 
 def draw(
     study: Study,
@@ -164,7 +168,24 @@ def draw(
 
     towards: other prompts; the text states go `amount` of the way to theirs, 1 being there.
     """
-    pipe, space, own = study.pipe, study.space, study.settings
+    return pictures(
+        study.space, study.pipe, study.settings, people, texts, seeds, towards=towards,
+        amount=amount,
+    )  # fmt: skip
+
+
+def pictures(
+    space: WeightSpace,
+    pipe: Any,
+    own: Mapping[str, Any],
+    people: Tensor,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    towards: Sequence[str] | None = None,
+    amount: float = 1.0,
+) -> Tensor:
+    """The same without a study; own: its settings."""
     guided = bool(own.get("identity_guidance", False)) and own["guidance"] > 1
     kind = "identities" if people.shape[1] == space.m else "adapters"
     made = []

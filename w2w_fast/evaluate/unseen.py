@@ -12,8 +12,8 @@ import torch
 
 from ..space import WeightSpace
 from ..verbs.edit import direction
-from ..verbs.invert import invert
 from . import told
+from .inversion import find
 from .study import Study, draw
 
 TITLE = "Raw components, and a trait left out"
@@ -53,8 +53,7 @@ def run(study: Study) -> dict[str, Any]:
 
 def _raw(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
     space = study.space
-    who = torch.randperm(space.n, generator=study.generator(900))[: study.size.people]
-    c = space.coefficients[who]
+    c = space.coefficients[study.some_people(900)]
     texts, seeds = study.texts(len(c), 901), list(range(70_000, 70_000 + len(c)))
     columns = [study.column(name) for name in study.binary]
     before = study.judge.read(draw(study, c, texts, seeds)).attributes[:, columns].mean(0)
@@ -108,10 +107,7 @@ def _left_out(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
         lacking = (space.labels[:, space.attributes.index(name)] < 0.5).nonzero()[:, 0]
         k, shows = len(has), {}
         for kind, known in (("whole", space), ("without", without(space, lacking))):
-            c = invert(
-                known, study.pipe, people.photos[has, 0], masks=people.masks[has, 0],
-                prompt=study.who, progress=False, **{**study.inversion, "steps": size.steps},
-            )  # fmt: skip
+            c = find(study, people.photos[has, 0], people.masks[has, 0], known)
             # `known` has no labels: pictures are of its adapters.
             w = known.reconstruct(c)
             sight = study.judge.read(

@@ -51,7 +51,7 @@ def run(study: Study) -> dict[str, Any]:
 
 def _guidance(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
     space, images = study.space, study.size.images
-    who = torch.randperm(space.n, generator=study.generator(800))[: study.size.people]
+    who = study.some_people(800)
     rows = who.repeat_interleave(images)
     texts, seeds = study.texts(len(rows), 801), list(range(60_000, 60_000 + len(rows)))
     columns = [study.column(name) for name in study.binary]
@@ -75,7 +75,7 @@ def _guidance(study: Study) -> tuple[dict[str, Any], list[list[object]]]:
 def _late(study: Study) -> tuple[dict[str, Any], dict[str, list[tuple[float, float]]]]:
     """Effect and distance of edits that set in at `STARTS`, as shares of the immediate edit's."""
     space = study.space
-    who = torch.randperm(space.n, generator=study.generator(810))[: study.size.people]
+    who = study.some_people(810)
     c, n = space.coefficients[who], len(who)
     texts, seeds = study.texts(n, 811), list(range(61_000, 61_000 + n))
     before = study.judge.read(draw(study, c, texts, seeds))
